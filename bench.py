@@ -916,10 +916,10 @@ def main(arguments: list[str]) -> None:
 
 # espeak's parameters are drawn from these ranges; without "timbres", from the timbres that training never hears.
 STYLES = {
-    "whisper": {"timbres": ["whisper", "whisperf"], "rate": (140, 210), "pitch": (30, 70)},
-    "shout": {"rate": (150, 190), "pitch": (75, 90), "range": (80, 99), "volume": (230, 260)},
-    "child": {"timbres": ["belinda"], "rate": (150, 190), "pitch": (85, 99), "range": (60, 90)},
-    "old": {"timbres": ["croak"], "rate": (100, 130), "pitch": (20, 45), "range": (20, 40)},
+    "whisper": {"timbres": ["whisper", "whisperf", "caleb"], "rate": (140, 210), "pitch": (30, 70)},
+    "shout": {"rate": (140, 180), "pitch": (75, 95), "range": (80, 99), "volume": (250, 300)},
+    "child": {"timbres": ["zac", "belinda"], "rate": (150, 190), "pitch": (50, 80), "range": (50, 70)},
+    "old": {"timbres": ["grandma", "grandpa", "croak"], "rate": (100, 130), "pitch": (20, 45), "range": (20, 40)},
     "fast": {"rate": (270, 320), "pitch": (30, 70)},
     "slow": {"rate": (85, 105), "pitch": (30, 70)},
 }

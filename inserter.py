@@ -38,6 +38,7 @@ from bisect import bisect_right
 from collections import Counter
 from functools import lru_cache
 from hashlib import sha256
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Iterator
 
@@ -53,7 +54,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2AudioConfig
 from transformers.audio_utils import mel_filter_bank
@@ -202,7 +203,11 @@ def load_tokenizer(c: Config) -> Tokenizer:
     folder = Path(c.data) / "tokenizer"
     if not folder.is_dir():
         train_tokenizer(c, folder)
-    return open_tokenizer(folder)
+    tok = open_tokenizer(folder)
+    if len(tok.hf) > c.model.vocab:
+        raise UserError(f"{folder} has {len(tok.hf)} tokens, more than model.vocab={c.model.vocab}; raise that, or remove the "
+                        "folder so that it is trained again.")
+    return tok
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
@@ -239,7 +244,7 @@ class Recipe:
     """The shards of one recipe as one long list per epoch: shards shuffled, samples shuffled inside each."""
 
     def __init__(self, c: Config, name: str, salt: str):
-        self.paths = sorted((Path(c.data) / name).glob("train-*.tar"))[:c.synth.shards[name]]
+        self.paths = sorted((Path(c.data) / name).glob("train-*.tar"))[:c.synth.shards.get(name, 0)]
         self.name, self.salt = name, f"{c.seed} {salt} {name}"
         self.counts = [synth.read_index(path)["count"] for path in self.paths]
         self.total, self.epoch, self.orders = sum(self.counts), None, {}
@@ -301,7 +306,7 @@ class Lane:
             whole = self.open[name]
             if len(whole.ids) <= self.length:
                 return whole
-            if not whole.clips:
+            if name == "text":
                 cut = slice(place["piece"] * self.length, (place["piece"] + 1) * self.length)
                 return Encoded(whole.name, whole.ids[cut], whole.labels[cut], [])
             self.skipped.append(whole.name)
@@ -354,7 +359,10 @@ class Lanes(IterableDataset):
 
     def __iter__(self) -> Iterator[Pack | UserError]:
         c, hf, stage, lanes, cursors = self.arguments
-        torch.set_num_threads(1)
+        if get_worker_info():
+            torch.set_num_threads(1)
+            os.setpgrp()                                              # torchrun's SIGTERM goes to whole process groups, but
+                                                                      # the rank reads on until all ranks stop at one step
         try:
             served = [Lane(c, Tokenizer(hf), stage, lane, cursors.get(lane)) for lane in lanes]
             while True:
@@ -376,11 +384,12 @@ class Feed:
 
     def step(self) -> list[Pack]:
         """The rank's next packs in the order of its lanes. UserError of a reading process is raised here."""
-        packs = [next(self.loaders[i % len(self.loaders)]) for i in range(len(self.lanes))]
-        for lane, pack in zip(self.lanes, packs):
-            if isinstance(pack, UserError):
-                raise pack
-            self.cursors[lane] = pack.cursor
+        packs = []
+        for i, lane in enumerate(self.lanes):
+            packs.append(next(self.loaders[i % len(self.loaders)]))
+            if isinstance(packs[-1], UserError):
+                raise packs[-1]
+            self.cursors[lane] = packs[-1].cursor
         return packs
 
 
@@ -388,6 +397,9 @@ def fork_server():
     """Reading processes come from a server that was started before torch's threads: forking after them can hang."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["inserter"])
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)           # inherited by the server: it outlives torchrun's signal
+    forkserver.ensure_running()
+    signal.signal(signal.SIGTERM, handler)
     return context
 
 
@@ -823,23 +835,23 @@ def sinusoids(positions, width):
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def fresh(name, shape, seed, layers):
+def fresh(name, shape, seed):
     """A parameter's first value, from the seed and its own name alone: other parts never change it.
 
-    Matrices are normal with standard deviation 1 / sqrt(3 inputs) (0.02 at the widths of Whisper and Qwen,
-    more in narrow models); those that write to the residual stream are divided by sqrt(2 layers), so that
-    depth does not swell it; embeddings have 0.02; norms start as the identity and biases at zero.
+    Matrices are normal with standard deviation 1 / sqrt(3 inputs); those that write to the residual stream start at
+    zero, so that every block is the identity at first and a token's embedding is not drowned; embeddings have 1 / sqrt(width); norms start as the identity and
+    biases at zero.
     """
     if name.endswith("embed_positions.weight"):
         return sinusoids(*shape)
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-    normal = torch.randn(shape, generator=generator)
+    if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
+        return torch.zeros(shape)
+    normal = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-        return 0.02 * normal
-    residual = name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight"))
-    return normal / math.sqrt(3 * math.prod(shape[1:]) * (2 * layers if residual else 1))
+        return normal / math.sqrt(shape[1])
+    return normal / math.sqrt(3 * math.prod(shape[1:]))
 
 
 def build(config, tensors, source):
@@ -869,10 +881,7 @@ def random_model(config, seed):
     """(c) InSerter from nothing but sizes: the same weights for the same config and seed, on any machine."""
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in InSerter(config).state_dict().items()}
-    depth = {"audio_tower": config.audio_config.encoder_layers, "multi_modal_projector": 1,
-             "language_model": config.text_config.num_hidden_layers}
-    tensors = {name: fresh(name, shape, seed, depth[name.split(".")[0]]) for name, shape in shapes.items()}
-    return build(config, tensors, "random model")
+    return build(config, {name: fresh(name, shape, seed) for name, shape in shapes.items()}, "random model")
 
 
 def find_checkpoint(source):
@@ -953,7 +962,7 @@ def join_models(whisper, llm, audio_ids, seed):
             config.text_config.vocab_size = len(tensors[name])
     with torch.device("meta"):
         adapter = Adapter(config).state_dict(prefix="multi_modal_projector.")
-    tensors |= {name: fresh(name, tuple(t.shape), seed, 1) for name, t in adapter.items()}
+    tensors |= {name: fresh(name, tuple(t.shape), seed) for name, t in adapter.items()}
     return build(config, tensors, folder)
 
 
@@ -961,7 +970,7 @@ def with_fresh_rows(matrix, ids, name, seed):
     """The matrix (V, d), longer if an id lies past its end, with new rows at `ids`, spread like the rest."""
     rows = max(len(matrix), max(ids) + 1)
     matrix = torch.cat([matrix, matrix.new_zeros(rows - len(matrix), matrix.shape[1])])
-    matrix[list(ids)] = fresh(name, (len(ids), matrix.shape[1]), seed, 1) / 0.02 * matrix.std()
+    matrix[list(ids)] = fresh(name, (len(ids), matrix.shape[1]), seed) * math.sqrt(matrix.shape[1]) * matrix.std()
     return matrix
 
 
@@ -1289,7 +1298,9 @@ def save_state(c: Config, model: InSerter, optimizers: list, where: dict) -> Non
         digest = sha256((aside / "state.safetensors").read_bytes()).hexdigest()
         (aside / "state.json").write_text(json.dumps(where | {"files": {"state.safetensors": digest}}))
         replace_folder(aside, folder)
-    for old in sorted(folder.parent.glob("[0-9]*"))[:-c.train.keep_states]:
+    states = sorted(folder.parent.glob("[0-9]*"))
+    damaged = [state for state in states if state > folder]           # or this run would have continued from it
+    for old in damaged + states[:len(states) - len(damaged) - c.train.keep_states]:
         hidden = old.rename(old.with_name(f".old.{old.name}"))
         shutil.rmtree(hidden)
 
@@ -1452,10 +1463,10 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
     trained = [p for p in model.parameters() if p.requires_grad]
     log = Log(c, at, stage)
     model.train()
-    while at.share(stage) < 1:
+    stop = False
+    while at.share(stage) < 1 and not stop:
         packs, facts = next_packs(feed, stopping)
-        if facts["stop"]:
-            break
+        stop = facts["stop"] > 0                                      # after this step, which the cursors already count
         loss = backward(c, network, packs, facts["targets"])
         norm = nn.utils.clip_grad_norm_(trained, c.train.clip)
         if not math.isfinite(float(norm)):                            # the same on all ranks: gradients are averaged
@@ -1474,13 +1485,10 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
         done = at.share(stage) >= 1
         if at.step % c.train.eval_every == 0 or done:
             log.point(evaluate(c, model, tok))
-        if at.step % c.train.save_every == 0 or done:
+        if at.step % c.train.save_every == 0 or done or stop:
             save_run(c, model, tok, optimizers, at, feed)
     log.close()
-    if finished := at.share(stage) >= 1:
-        return finished
-    save_run(c, model, tok, optimizers, at, feed)
-    return False
+    return at.share(stage) >= 1
 
 
 def save_run(c: Config, model: InSerter, tok: Tokenizer, optimizers: list, at: Progress, feed: Feed) -> None:
@@ -1522,7 +1530,8 @@ class Log:
 
     def write(self, row: dict) -> None:
         if self.rank == 0:
-            with open(run_folder(self.c) / "metrics.jsonl", "a") as file:
+            path = run_folder(self.c) / "metrics.jsonl"
+            with writing(path), open(path, "a") as file:
                 file.write(json.dumps({"step": self.at.step, "stage": self.at.stage} | row) + "\n")
 
     def step(self, loss: float, rate: float, norm: float, facts: dict) -> None:
@@ -1554,9 +1563,10 @@ class Log:
 
 
 def stages_of(c: Config) -> list[str]:
-    """The stages to run: warm-up stages make stand-ins for Whisper and Qwen and are left out when weights are given."""
+    """The stages to run: those with steps=0 are left out, and, when weights are given, the warm-up stages, which make
+    stand-ins for Whisper and Qwen."""
     given = c.model.from_ or c.model.encoder
-    return [name for name, stage in c.train.stages.items() if not (given and stage.warmup)]
+    return [name for name, stage in c.train.stages.items() if stage.steps != 0 and not (given and stage.warmup)]
 
 
 def fresh_model(c: Config, tok: Tokenizer) -> InSerter:
@@ -1597,10 +1607,12 @@ def open_run(c: Config) -> None:
                         "choose another name with run=…, or start it anew with fresh=true")
 
 
-def cut_metrics(c: Config, step: int) -> None:
-    """Forget the metrics of steps after the state that a run continues from."""
-    path = run_folder(c) / "metrics.jsonl"
-    if path.is_file():
+def tidy(c: Config, step: int) -> None:
+    """Forget what a killed process left: metrics of steps after the state that a run continues from, unfinished files."""
+    folder = run_folder(c)
+    for left in [*folder.glob(".*"), *folder.glob("state/.*")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if (path := folder / "metrics.jsonl").is_file():
         lines = path.read_bytes().splitlines(keepends=True)
         synth.write_whole(path, *[line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step])
 
@@ -1612,7 +1624,7 @@ def train(c: Config, arguments: list[str]) -> None:
         if c.train.stages[name].packs % world:
             raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the {world} processes; "
                             "choose one that is.")
-    if rank == 0:
+    if rank == 0 or not c.fresh:                                      # each rank refuses by itself: no process group yet
         open_run(c)
     make_missing_shards(c, arguments)
     tok = load_tokenizer(c)
@@ -1632,18 +1644,20 @@ def train(c: Config, arguments: list[str]) -> None:
     model.checkpoint_blocks = c.train.checkpointing
     model.to(device_here())
     if rank == 0:
-        cut_metrics(c, at.step)
+        tidy(c, at.step)
     say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world} x {device_here().type}, attention: plain\n"
         "   step | loss | lr | grad norm | tokens/s | audio s/s | eta")
-    slots = {n: t for n, t in tensors.items() if n.startswith("optim.")}
+    slots, begun = {n: t for n, t in tensors.items() if n.startswith("optim.")}, at.step
     for name in stages[stages.index(at.stage):]:
         if name != at.stage:
             at, slots = Progress(name, at.step), {}
+        if at.share(c.train.stages[name]) >= 1:
+            continue
         if not train_stage(c, model, tok, at, slots, stopping):
             say(f"stopped by a signal after step {at.step}; the same command continues")
             sys.exit(128 + signal.SIGTERM)
     if rank == 0:
-        if not (run_folder(c) / "model" / "config.json").is_file():
+        if at.step == begun:                                          # killed between the last state and its export
             export(c, model, tok)
         draw_curves(c)
         say(f"run {c.run} is finished: {run_folder(c) / 'model'} and curves.png; next: python bench.py")

@@ -40,11 +40,13 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
 import types
 import typing
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterable, Iterator
@@ -56,6 +58,7 @@ import torchaudio
 import yaml
 from tqdm import tqdm
 
+ROLES = ("system", "user", "assistant")
 CORPUS_KEYS = ("corpus", "documents", "held_out_documents", "held_out_share", "shard_documents")
 RATE = 16_000                     # samples per second of every clip, as Whisper's features want it
 
@@ -207,9 +210,15 @@ class StrictLoader(yaml.SafeLoader):
 
 
 StrictLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern in (("null", r"~|null|"), ("bool", r"true|false"), ("int", r"[-+]?[0-9]+"),
+for _tag, _pattern in (("null", r"~|null|"), ("bool", r"true|false"), ("int", r"[-+]?(0|[1-9][0-9]*)"),
                        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf")):
     StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+
+
+class StrictDumper(yaml.SafeDumper):
+    """Writes what StrictLoader reads back: run: '1e4' in quotes, for a bare 1e4 is a number."""
+
+    yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
 
 
 class Typed(str):
@@ -218,9 +227,9 @@ class Typed(str):
 
 def read_yaml(text: str, name: str):
     """Parse YAML text of the file `name`. UserError on anything that is not YAML."""
-    loader = StrictLoader(text)
-    loader.name = name
     try:
+        loader = StrictLoader(text)
+        loader.name = name
         return loader.get_single_data()
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from None
@@ -236,7 +245,8 @@ def settle(kind, value, key: str, source: str):
         for name in value:
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
-                raise UserError(f"Unknown key {key}{'.' * bool(key)}{name} ({source}); the nearest valid key is "
+                where = "the command line" if isinstance(value[name], Typed) else source
+                raise UserError(f"Unknown key {key}{'.' * bool(key)}{name} ({where}); the nearest valid key is "
                                 f"{key}{'.' * bool(key)}{near}.")
         for name in names.keys() - value.keys():
             raise UserError(f"The key {key}{'.' * bool(key)}{name} is missing in {source}; take its line from the "
@@ -279,7 +289,7 @@ def load_config(arguments: list[str]) -> Config:
     path = Path(typed.pop("config", Path(__file__).with_name("config.yaml")))
     if not path.is_file():
         raise UserError(f"There is no settings file {path}; config=FILE names another.")
-    raw = read_yaml(path.read_text("utf-8"), path.name)
+    raw = read_yaml(path.read_text("utf-8", errors="replace"), path.name)
     if not isinstance(raw, dict) or not isinstance(raw.get("profiles"), dict):
         raise UserError(f"{path.name} must have the section profiles beside its other keys.")
     profiles, profile = raw.pop("profiles"), typed.get("profile", raw.get("profile"))
@@ -325,6 +335,15 @@ def check_config(c: Config) -> None:
     demand(s.level in ("word", "sentence"), f"synth.level must be word or sentence, not {s.level!r}.")
     demand(0 <= s.share <= 1, f"synth.share is a share from 0 to 1, not {s.share}.")
     demand(1 <= s.min_words <= s.max_words, "synth.min_words must be at least 1 and at most synth.max_words.")
+    for key in ("documents", "shard_documents", "workers"):
+        demand(getattr(s, key) >= 1, f"synth.{key} must be at least 1, not {getattr(s, key)}.")
+    for key, pair in (("rate", s.rate), ("pitch", s.pitch), ("gate.chars_per_second", s.gate.chars_per_second)):
+        demand(len(pair) == 2 and pair[0] <= pair[1], f"synth.{key} must be [lowest, highest], not {pair}.")
+    demand(len(s.accents) > 0, "synth.accents is empty; name one at least, for example [en-us].")
+    demand(s.held_out.keys() == {"test", "dev"}, f"synth.held_out needs the keys test and dev, not {', '.join(s.held_out)}.")
+    demand(s.tasks.keys() <= TASKS.keys() and sum(s.tasks.values()) > 0,
+           f"synth.tasks must give a share above 0 to some of {', '.join(TASKS)}, and to nothing else.")
+    demand(not (c.fresh and c.shard), "fresh=true removes the shards of all shares: give it once, without shard.")
     for name in [*s.shards, *(recipe for stage in c.train.stages.values() for recipe in stage.mix)]:
         near = difflib.get_close_matches(name, RECIPES, 1, 0.0)[0]
         demand(name in RECIPES, f"Unknown recipe {name!r} in synth.shards or a stage's mix; the nearest one is {near}.")
@@ -340,15 +359,18 @@ def check_config(c: Config) -> None:
     demand(re.fullmatch(r"[\w.-]+", c.run) is not None, f"run={c.run!r} must be a plain folder name.")
 
 
-def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str) -> None:
-    """Keep `now` in `path`; if other settings stand there already, UserError names the keys that differ."""
-    if path.is_file():
+def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str, begun: bool = True) -> None:
+    """Keep `now` in `path`; if other settings stand there already, UserError names the keys that differ.
+
+    begun: false while nothing has been made yet, so that a slip (a glob that matches nothing) can be put right.
+    """
+    if begun and path.is_file():
         before, now_flat = dotted(read_yaml(path.read_text("utf-8"), str(path))), dotted(now)
         differ = [k for k in sorted(before.keys() | now_flat.keys()) if before.get(k) != now_flat.get(k)
                   and not any(k == m or k.startswith(m + ".") for m in may_change)]
         if differ:
             raise UserError(f"{path.parent} was made with other settings ({', '.join(differ)}); {remedy}.")
-    write_whole(path, yaml.safe_dump(now, sort_keys=False).encode())
+    write_whole(path, yaml.dump(now, Dumper=StrictDumper, sort_keys=False, allow_unicode=True).encode())
 
 
 def write_whole(path: Path, *contents: bytes) -> None:
@@ -381,7 +403,7 @@ def split_of(kind: str, x: str, constraint: str) -> str:
 
     Where the answer is computed (counting, sums, word lists) whole arguments are held out instead, under
     every constraint. So no test prompt is ever a training prompt, yet every fact is stated in training.
-    >>> split_of("colour", "sun", "capitals"), split_of("colour", "sun", "quotation")
+    >>> split_of("colour", "chocolate", "capitals"), split_of("colour", "chocolate", "quotation")
     ('train', 'test')
     """
     x = " ".join(sorted(x.split())) if kind == "sum" else x           # five and six is six and five
@@ -421,7 +443,7 @@ def plain_answer(kind: str, x: str, words: list[str]) -> str:
     """The answer without any constraint: a sentence for one word, an enumeration for several."""
     if kind == "tell":
         return " ".join(KINDS[k]["fact"].format(x=x, y=FACTS[k][x]).capitalize() for k in ("baby", "sound"))
-    return f"It is {words[0]}." if kind in FACTS or kind == "sum" else ", ".join(words).capitalize() + "."
+    return f"It is {words[0]}." if kind in FACTS or kind == "sum" else f"Here: {', '.join(words)}."
 
 
 def content_check(kind: str, x: str, words: list[str]) -> tuple[str, dict]:
@@ -490,19 +512,22 @@ def disfluent(prompt: str, rng: random.Random) -> str:
 
 
 def story(rng: random.Random) -> str:
-    """Write four to seven sentences; half of them need an earlier one (where the ball is now, how many)."""
+    """Write four sentences or a few more; most need an earlier one (where the ball is now, how many, what was said)."""
     sentences: list[str] = []
     while len(sentences) < 4:
         a, b = rng.sample(NAMES, 2)
-        thing, (here, there) = rng.choice(NOUNS), rng.sample(PLACES, 2)
-        n, m = rng.randint(1, 10), rng.randint(1, 10)
+        (x, y, z), (here, there) = rng.sample(NOUNS + KEYWORDS, 3), rng.sample(PLACES, 2)
+        n, m, times = rng.randint(1, 10), rng.randint(1, 10), rng.randint(2, 5)
         sentences += rng.choice([
-            [f"{a} puts the {thing} in the {here}.", f"{b} takes the {thing} to the {there}.",
-             f"now the {thing} is in the {there}."],
+            [f"{a} puts the {x} in the {here}.", f"{b} takes the {x} to the {there}.", f"now the {x} is in the {there}."],
             [f"{a} has {NUMBERS[n]} apples and gets {NUMBERS[m]} more.", f"{NUMBERS[n]} and {NUMBERS[m]} make {NUMBERS[n + m]}.",
              f"now {a} has {NUMBERS[n + m]} apples."],
             [f"{a} likes the {here} and {b} likes the {there}.", f"so {a} goes to the {here}."],
-            [f"{a} says {rng.choice(KEYWORDS)} and then {rng.choice(NOUNS)} and {rng.choice(NOUNS)}."],
+            [f"{a} says {x} {y} {z}.", f"{b} says {x} {y} {z} too."],
+            [f"{a} says {x} {y} {z}.", f"backwards it is {z} {y} {x}."],
+            [f"{a} says {x} {NUMBERS[times]} times.", f"we hear {' '.join([x] * times)}."],
+            [f"{a} says {x} and {y}.", f"{b} cries {x.upper()} and {y.upper()}."],
+            [f"{a} counts from {NUMBERS[n]} to {NUMBERS[n + times]}.", f"we hear {', '.join(NUMBERS[n:n + times + 1])}."],
             [fact(rng)], [fact(rng), fact(rng)]])
     return " ".join(sentences)
 
@@ -512,7 +537,7 @@ def fact(rng: random.Random) -> str:
     kind = rng.choice(sorted(FACTS))
     x = rng.choice(sorted(FACTS[kind]))
     y = FACTS[kind][x]
-    return KINDS[kind]["fact"].format(x=x, y=y) + rng.choice(["", "", f" yes, {y.upper()}.", f" {y.capitalize()}."])
+    return KINDS[kind]["fact"].format(x=x, y=y) + rng.choice(["", "", f" yes, {y.upper()}."])
 
 
 def dialogue(rng: random.Random, split: str) -> list[dict]:
@@ -546,22 +571,23 @@ def clean(text: str) -> str:
     >>> clean("<p>5 &lt; 7,\\x00 a < b &amp; c</p>")
     '5 < 7, a < b & c'
     """
-    text = re.sub(r"(?s)<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-zA-Z][^<>]*>", "", text.replace("\r\n", "\n"))
+    text = re.sub(r"(?is)<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-z][^<>]*>", "", text.replace("\r\n", "\n"))
     text = html.unescape(text).replace("\xa0", " ")
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[^\S\n]*\n", "\n", re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffd]", "", text))).strip()
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufffd]", "", text)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[^\S\n]*\n", "\n", text)).strip()
 
 
 def user_corpus(pattern: str) -> Iterator[dict]:
     """Stream documents {"text"} or {"messages"} from *.txt (blank lines between documents) and *.jsonl[.gz] files."""
-    paths = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+    paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
     if not paths:
         raise UserError(f"synth.corpus={pattern!r} matches no file; give a glob such as 'books/*.txt', or tiny.")
     for path in paths:
         opener = gzip.open if path.endswith(".gz") else open
         try:
-            with opener(path, "rt", encoding="utf-8") as file:
-                yield from read_jsonl(file, path) if ".jsonl" in path else read_paragraphs(file)
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+            with opener(path, "rt", encoding="utf-8-sig") as file:
+                yield from read_jsonl(file, path) if path.endswith((".jsonl", ".jsonl.gz")) else read_paragraphs(file)
+        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
             raise UserError(f"{path} cannot be read as UTF-8 text ({error}); convert or remove it.") from None
 
 
@@ -579,12 +605,20 @@ def read_paragraphs(file: Iterable[str]) -> Iterator[dict]:
 
 def read_jsonl(file: Iterable[str], path: str) -> Iterator[dict]:
     for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
         try:
             document = json.loads(line)
         except json.JSONDecodeError:
             raise UserError(f"{path} line {number} is not JSON; mend or remove the line.") from None
-        if not isinstance(document, dict) or not ("text" in document or "messages" in document):
-            raise UserError(f'{path} line {number} has neither "text" nor "messages"; give it one of them.')
+        try:
+            fit = all(isinstance(text, str) for text in texts_of(document))
+            fit = fit and all(m["role"] in ROLES for m in document.get("messages", []))
+        except (KeyError, TypeError):
+            fit = False
+        if not fit:
+            raise UserError(f'{path} line {number} has neither "text" nor "messages" of the form [{{"role", "content"}}], '
+                            f"texts both, role one of {', '.join(ROLES)}; give it one of them.")
         yield document
 
 
@@ -595,12 +629,16 @@ def make_corpus(c: Config) -> dict[str, int]:
     counted and left out.
     """
     folder = Path(c.data) / "corpus"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder with data=….") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         settings = {k: v for k, v in plain_settings(c.synth).items() if k in CORPUS_KEYS} | {"seed": c.seed}
-        same_settings(folder / "settings.yaml", settings, (), OTHER_DATA)
         done = folder / "index.json"
+        same_settings(folder / "settings.yaml", settings, (), OTHER_DATA, done.is_file())
         if not done.is_file():
             write_whole(done, json.dumps(write_corpus(c, folder)).encode())
         return json.loads(done.read_text())["shards"]
@@ -668,8 +706,8 @@ def choose_spans(n: int, share: float, least: int, most: int, rng: random.Random
     2. Where no further span fits, what is left of the budget lengthens a span (rounded at random).
     3. Spread the words that stay text at random over the gaps.
 
-    >>> choose_spans(20, 0.5, 5, 9, random.Random(0))       # 10 of 20 words: here one span of 8
-    [(11, 19)]
+    >>> choose_spans(20, 0.5, 5, 9, random.Random(2))       # 10 of 20 words on average: here two spans of five
+    [(1, 6), (11, 16)]
     """
     budget, lengths = share * n, []
     while (left := budget - sum(lengths)) > 0:
@@ -692,7 +730,7 @@ def choose_spans(n: int, share: float, least: int, most: int, rng: random.Random
 def choose_sentences(words: list[int], share: float, rng: random.Random) -> list[int]:
     """Choose whole sentences, given their numbers of words; on average share of all words is chosen.
 
-    >>> choose_sentences([6, 4, 9, 5], 0.4, random.Random(1))     # 4 + 5 of 24 words
+    >>> choose_sentences([6, 4, 9, 5], 0.4, random.Random(0))     # 4 + 5 of 24 words
     [1, 3]
     """
     budget, chosen = share * sum(words), []
@@ -749,6 +787,8 @@ def text_part(text: str, loss: bool) -> dict:
 # Library and data come in one wheel. A voice is an accent (a language file), a timbre (one of 104 "variant"
 # files: formants, breath, echo), a rate and a pitch. Two timbres may be one throat at two pitches, so train
 # and test are divided by what the files say, not by their names.
+# --------------------------------------------------------------------------------------------------
+
 def nearest(name, valid):
     """The end of an error message: `nearest("en-su", ["en-us", "cmn"])` -> "nearest valid: en-us"."""
     close = difflib.get_close_matches(str(name), valid, 3, 0.4)
@@ -866,8 +906,8 @@ def candidates(split, settings, pool=None):
 
 
 def draw_voice(rng, chosen_from, settings):
-    """One voice for one segment: `rng` a random.Random, `chosen_from` from `candidates`; settings: accents
-    [..]; rate, pitch and, if there, range and volume, each [low, high]."""
+    """One voice for one segment: `rng` a random.Random, `chosen_from` from `candidates`; settings: accents,
+    rate and pitch of the section synth."""
     chosen = rng.choice(chosen_from)
     if isinstance(chosen, dict):
         return chosen
@@ -989,6 +1029,7 @@ def python_engine(target):
     return engine
 
 
+@functools.cache                        # hf: and python: engines serve all shards of a process
 def load_engine(name):
     """"espeak" | "hf:<model>" | "python:<module>:<function>" -> engine."""
     kind, _, rest = name.partition(":")
@@ -1142,7 +1183,12 @@ def chat(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
 RECIPES: dict[str, Callable] = {"interleaved": interleaved, "tasks": tasks, "text": typed, "chat": chat}
 TASKS = {"transcribe": {"ask": "Transcript:", "answer": lambda part: part["text"]},
          "speaker": {"ask": "Speaker:", "answer": lambda part: {"f": "woman", "m": "man"}.get(part["voice"].get("gender"))},
-         "speed": {"ask": "Speed:", "answer": lambda part: part["voice"].get("speed")}}
+         "speed": {"ask": "Speed:", "answer": lambda part: part["voice"].get("speed") or speed_of(part["voice"].get("rate"))}}
+
+
+def speed_of(rate: int | None) -> str | None:
+    """An espeak rate (words per minute, 175 is its own) in a word; None stays None."""
+    return None if rate is None else "slow" if rate < 165 else "fast" if rate >= 185 else "normal"
 
 
 def parts_of(sample: dict) -> list[list[dict]]:
@@ -1323,11 +1369,12 @@ def wanted_shards(c: Config) -> list[tuple[str, str, int]]:
 def make_shards(c: Config) -> None:
     """Make the shards of this process's share that do not exist yet, then print the closing report."""
     if c.fresh:
-        for recipe in [*c.synth.shards, "corpus"]:
-            shutil.rmtree(Path(c.data) / recipe, ignore_errors=True)
+        for name in [*c.synth.shards, "corpus", "tokenizer"]:
+            shutil.rmtree(Path(c.data) / name, ignore_errors=True)
     wanted = wanted_shards(c)
     for recipe in dict.fromkeys(recipe for recipe, _, _ in wanted):
-        same_settings(Path(c.data) / recipe / "settings.yaml", shaping_settings(c, recipe), (), OTHER_DATA)
+        folder = Path(c.data) / recipe
+        same_settings(folder / "settings.yaml", shaping_settings(c, recipe), (), OTHER_DATA, any(folder.glob("*.tar")))
     part, parts = map(int, (c.shard or "0/1").split("/"))
     mine = [key for key in wanted[part::parts] if not shard_path(c, *key).is_file()]
     fresh = c.synth.engine == "espeak"
@@ -1365,8 +1412,10 @@ def report(c: Config, keys: list[tuple[str, str, int]], made: int, took: float) 
         share = f"{n['speech words'] / max(n['words'], 1):.1%}"
         print(f"{recipe:<12} {split:<6} {len(shards):>6} {n['samples']:>8} {n['audio samples'] / RATE / 3600:>7.2f} "
               f"{n['clips']:>8} {share:>13}")
-    print("clips that failed the gate and became text again: " +
-          (", ".join(f"{k.removeprefix('rejected').strip(' :')} {v}" for k, v in sorted(rejected.items())) or "none"))
+    reasons, voices = (Counter({k.removeprefix(kind): v for k, v in rejected.items() if k.startswith(kind)}).most_common(10)
+                       for kind in ("rejected: ", "rejected voice: "))
+    print("clips that failed the gate and became text again: " + (", ".join(f"{k} {v}" for k, v in reasons) or "none") +
+          (f"; most often of {', '.join(f'{k} {v}' for k, v in voices)}" if voices else ""))
     if made:
         seconds = sum(read_index(shard_path(c, *key))["counts"].get("audio samples", 0) for key in keys) / RATE
         print(f"{made} shards made in {took:.0f} process-seconds" + (f", {seconds / took:.0f} times real time on a core"
@@ -1406,21 +1455,28 @@ def sample_card(sample: dict, files: dict[str, bytes], inserter, tokenizer) -> s
             text = html.escape(part["text"])
             if part["role"] == "speech":
                 audio = base64.b64encode(files[part["audio"]]).decode()
-                spans.append(f'<span class="speech">{text}<small>{html.escape(part["voice"])}, {part["seconds"]} s</small>'
-                             f'<audio controls preload="none" src="data:audio/flac;base64,{audio}"></audio></span>')
+                spans.append(f'<span class="speech">{text}<br><audio controls preload="metadata" '
+                             f'src="data:audio/flac;base64,{audio}"></audio><small>{html.escape(part["voice"])}, '
+                             f'{part["seconds"]} s</small></span>')
             else:
                 spans.append(f'<span class="{"loss" if part["loss"] else "text"}">{text}</span>')
         blocks.append(f"<p>{f'<b>{who}</b> ' if who else ''}{''.join(spans)}</p>")
-    encoded = inserter.encode(sample, files, tokenizer)
-    tokens = [(tokenizer.decode([i]), False) for i in encoded.ids[:1]]
-    tokens += [(tokenizer.decode([i]), label >= 0) for i, label in zip(encoded.ids[1:], encoded.labels)]
-    shown, audio = [], 0
-    for token, target in tokens:
-        audio = audio + 1 if token == "<|AUDIO|>" else 0
-        if audio < 2:
-            shown.append(f'<code class="{"loss" if target else ""}">{html.escape(token).replace(chr(10), "⏎")}</code>')
+    encoded = inserter.encode(sample, {name: decode_flac(data) for name, data in files.items()}, tokenizer)
+    shown, held = [], []                                              # [token, target, times]
+    for i, target in zip(encoded.ids, [False] + [label >= 0 for label in encoded.labels]):
+        held.append(i)
+        token = tokenizer.decode(held)
+        if "\ufffd" in token and len(held) < 4:                       # a piece of a character: shown with what completes it
+            continue
+        held.clear()
+        if shown and token == shown[-1][0] == inserter.AUDIO:
+            shown[-1][2] += 1
+        else:
+            shown.append([token, target, 1])
+    tokens = "".join(f'<code class="{"loss" if target else ""}">{html.escape(token).replace(chr(10), "⏎")}</code>' +
+                     f"× {times} " * (times > 1) for token, target, times in shown)
     return (f"<section><h2>{sample['id']}</h2>{''.join(blocks)}<details><summary>{len(encoded.ids)} positions, "
-            f"{sum(label >= 0 for label in encoded.labels)} targets (underlined)</summary>{''.join(shown)}</details></section>")
+            f"{sum(label >= 0 for label in encoded.labels)} targets (underlined)</summary>{tokens}</details></section>")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1432,8 +1488,17 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            wait_for_rank_0()
+        print(error, file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def wait_for_rank_0() -> None:
+    """Let rank 0 say it. When it has, torchrun ends the other ranks by SIGTERM; after 30 s the error is this rank's own."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
+    for _ in range(300):                    # one long sleep would not see a signal that another thread has caught
+        time.sleep(0.1)
 
 
 def main(arguments: list[str]) -> None:
@@ -1525,7 +1590,7 @@ CLOSED = [kind for kind in KINDS if kind not in OPEN]
 
 # Constraints: SpeechInstructBench's instruction id and arguments, wordings, and the answer made from the plain
 # sentence s, the answering words w and the drawn value v.
-_ANY, _COUNTS = ("word", "list", "tell"), {"two": 2, "three": 3, "five": 5, "six": 6, "seven": 7}
+_ANY, _COUNTS = ("word", "list", "tell"), {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7}
 CONSTRAINTS = {
     "none": {"id": None, "values": [None], "ask": [""], "shapes": _ANY, "answer": lambda s, w, v: s},
     "capitals": {"id": "change_case:english_capital", "values": [None], "kwargs": lambda w, v: {}, "shapes": _ANY,
@@ -1544,13 +1609,13 @@ CONSTRAINTS = {
     "frequency": {"id": "keywords:frequency", "values": [f"{k} {n}" for k in KEYWORDS for n in ("two", "three")],
                   "kwargs": lambda w, v: {"keyword": v.split()[0], "frequency": _COUNTS[v.split()[1]], "relation": "at least"},
                   "shapes": _ANY, "ask": ["use the word {v} times", "with the word {v} times"],
-                  "answer": lambda s, w, v: f"{s} " + " ".join([v.split()[0]] * _COUNTS[v.split()[1]]).capitalize() + "."},
+                  "answer": lambda s, w, v: f"{s} " + " ".join([v.split()[0]] * _COUNTS[v.split()[1]]) + "."},
     "forbidden": {"id": "keywords:forbidden_words", "values": ["it", "is"], "kwargs": lambda w, v: {"forbidden_words": [v]},
                   "shapes": ("word",), "ask": ["do not use the word {v}", "without the word {v}"],
-                  "answer": lambda s, w, v: f"{w[0].capitalize()}."},
-    "few_words": {"id": "length_constraints:number_words", "values": ["two", "three"],
+                  "answer": lambda s, w, v: f"Just {w[0]}."},
+    "few_words": {"id": "length_constraints:number_words", "values": ["three", "four"],
                   "kwargs": lambda w, v: {"relation": "less than", "num_words": _COUNTS[v]}, "shapes": ("word",),
-                  "ask": ["in less than {v} words", "use less than {v} words"], "answer": lambda s, w, v: f"{w[0].capitalize()}."},
+                  "ask": ["in less than {v} words", "use less than {v} words"], "answer": lambda s, w, v: f"Just {w[0]}."},
     "many_words": {"id": "length_constraints:number_words", "values": ["five", "six", "seven"],
                    "kwargs": lambda w, v: {"relation": "at least", "num_words": _COUNTS[v]}, "shapes": ("word",),
                    "ask": ["in at least {v} words", "use at least {v} words"],
@@ -1573,12 +1638,13 @@ CONSTRAINTS = {
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }}
-section {{ border-top: 1px solid #ccc; padding: .5em 0 }} h2 {{ font-size: 1em; color: #777; margin: .3em 0 }}
-.speech {{ display: inline-block; background: #e6f0fb; border-radius: .4em; padding: .1em .5em; margin: .1em }}
-.speech small {{ color: #679; margin-left: .6em }} .speech audio {{ display: block; height: 2em; width: 19em }}
-.loss {{ border-bottom: 2px solid #e08a00 }} p {{ white-space: pre-wrap }} code {{ white-space: pre; margin-right: 1px;
-background: #f4f4f4 }} .key span {{ margin-right: 1em }} summary {{ cursor: pointer; color: #777 }}</style>
-<h1>{title}</h1><p class="key"><span class="speech">speech, with the words spoken</span><span class="loss">text that
+section {{ border-top: 1px solid #ccc; padding: .5em 0 }} h2 {{ font-size: 1em; color: #666; margin: .3em 0 }}
+p {{ white-space: pre-wrap; overflow-wrap: anywhere }} summary {{ cursor: pointer; color: #666 }}
+.speech {{ display: inline-block; vertical-align: top; background: #e6f0fb; border-radius: .4em; padding: .1em .5em; margin: .1em }}
+.speech small {{ color: #467; margin-left: .6em }} .speech audio {{ height: 2em; width: 17em; vertical-align: middle }}
+.loss {{ border-bottom: 2px solid #e08a00 }} .key span {{ margin-right: 1.5em }}
+code {{ display: inline-block; white-space: pre-wrap; margin: 0 1px .3em; background: #f0f0f0 }}</style>
+<h1>{title}</h1><p class="key"><span class="speech">speech, with the words spoken</span><span class="loss">text that \
 carries loss</span><span>text that only conditions</span></p>
 {body}</html>
 """
