@@ -70,132 +70,9 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------
 # 1. Settings
 #
-# One YAML file for all three scripts. The classes below say which keys exist and of which type; the
-# values stand in config.yaml alone. A profile overrides the sections, the command line overrides both.
+# One YAML file for all three scripts. The class Config at the end of this file says which keys exist and
+# of which type; the values stand in config.yaml alone. A profile overrides the sections, the command line overrides both.
 # --------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass
-class Gate:
-    chars_per_second: list[float]
-    min_rms: float
-    max_clipped: float
-    max_seconds: float
-
-
-@dataclasses.dataclass
-class Synth:
-    corpus: str
-    lang: str
-    documents: int
-    held_out_documents: int
-    held_out_share: float
-    shard_documents: int
-    shards: dict[str, int]
-    level: str
-    share: float
-    min_words: int
-    max_words: int
-    spoken_turns: float
-    spoken_questions: float
-    tasks: dict[str, float]
-    engine: str
-    voices: str | None
-    accents: list[str]
-    rate: list[int]
-    pitch: list[int]
-    timbres: list[str]
-    special_timbres: list[str]
-    held_out: dict[str, float]
-    gate: Gate
-    workers: int
-
-
-@dataclasses.dataclass
-class Model:
-    from_: str | None
-    encoder: str | None
-    llm: str | None
-    mels: int
-    encoder_layers: int
-    encoder_width: int
-    encoder_heads: int
-    llm_layers: int
-    llm_width: int
-    llm_heads: int
-    llm_kv_heads: int
-    llm_ffn: int
-    vocab: int
-    tie: bool
-    rope_theta: float
-
-
-@dataclasses.dataclass
-class Stage:
-    warmup: bool
-    steps: int | None
-    tokens: int | None
-    mix: dict[str, float]
-    packs: int
-    lr: float
-    muon_lr: float
-    parts: dict[str, float]
-    ramp: int
-    floor: float
-
-
-@dataclasses.dataclass
-class Train:
-    stages: dict[str, Stage]
-    pack_length: int
-    packs_at_once: int
-    optimizer: str
-    betas: list[float]
-    muon_momentum: float
-    weight_decay: float
-    clip: float
-    loss_chunk: int
-    checkpointing: bool
-    precision: str
-    workers: int
-    log_every: int
-    eval_every: int
-    eval_samples: int
-    save_every: int
-    keep_states: int
-
-
-@dataclasses.dataclass
-class Bench:
-    rows: int
-    adjustment_rows: int
-    open_rows: int
-    noise: str | None
-    snr: list[float]
-    accents: list[str]
-    batch: int
-    max_tokens: int
-    bootstrap: int
-
-
-@dataclasses.dataclass
-class Config:
-    profile: str
-    run: str
-    data: str
-    seed: int
-    fresh: bool
-    shard: str | None
-    preview: int | None
-    ask: str | None
-    score: str | None
-    suite: str
-    official: bool
-    may_change: list[str]
-    synth: Synth
-    model: Model
-    train: Train
-    bench: Bench
-
 
 class StrictLoader(yaml.SafeLoader):
     """YAML 1.2's core types, repeated keys refused: PyYAML alone reads `1e-4` as text, `no` as False, `1:30` as 90."""
@@ -1507,6 +1384,133 @@ def main(arguments: list[str]) -> None:
         print(f"{preview(config)} is written; open it in a browser.")
     else:
         make_shards(config)
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: the settings' names and types, section by section; their values and reasons stand in config.yaml
+# --------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Gate:
+    chars_per_second: list[float]
+    min_rms: float
+    max_clipped: float
+    max_seconds: float
+
+
+@dataclasses.dataclass
+class Synth:
+    corpus: str
+    lang: str
+    documents: int
+    held_out_documents: int
+    held_out_share: float
+    shard_documents: int
+    shards: dict[str, int]
+    level: str
+    share: float
+    min_words: int
+    max_words: int
+    spoken_turns: float
+    spoken_questions: float
+    tasks: dict[str, float]
+    engine: str
+    voices: str | None
+    accents: list[str]
+    rate: list[int]
+    pitch: list[int]
+    timbres: list[str]
+    special_timbres: list[str]
+    held_out: dict[str, float]
+    gate: Gate
+    workers: int
+
+
+@dataclasses.dataclass
+class Model:
+    from_: str | None
+    encoder: str | None
+    llm: str | None
+    mels: int
+    encoder_layers: int
+    encoder_width: int
+    encoder_heads: int
+    llm_layers: int
+    llm_width: int
+    llm_heads: int
+    llm_kv_heads: int
+    llm_ffn: int
+    vocab: int
+    tie: bool
+    rope_theta: float
+
+
+@dataclasses.dataclass
+class Stage:
+    warmup: bool
+    steps: int | None
+    tokens: int | None
+    mix: dict[str, float]
+    packs: int
+    lr: float
+    muon_lr: float
+    parts: dict[str, float]
+    ramp: int
+    floor: float
+
+
+@dataclasses.dataclass
+class Train:
+    stages: dict[str, Stage]
+    pack_length: int
+    packs_at_once: int
+    optimizer: str
+    betas: list[float]
+    muon_momentum: float
+    weight_decay: float
+    clip: float
+    loss_chunk: int
+    checkpointing: bool
+    precision: str
+    workers: int
+    log_every: int
+    eval_every: int
+    eval_samples: int
+    save_every: int
+    keep_states: int
+
+
+@dataclasses.dataclass
+class Bench:
+    rows: int
+    adjustment_rows: int
+    open_rows: int
+    noise: str | None
+    snr: list[float]
+    accents: list[str]
+    batch: int
+    max_tokens: int
+    bootstrap: int
+
+
+@dataclasses.dataclass
+class Config:
+    profile: str
+    run: str
+    data: str
+    seed: int
+    fresh: bool
+    shard: str | None
+    preview: int | None
+    ask: str | None
+    score: str | None
+    suite: str
+    official: bool
+    may_change: list[str]
+    synth: Synth
+    model: Model
+    train: Train
+    bench: Bench
 
 
 # --------------------------------------------------------------------------------------------------
