@@ -28,6 +28,7 @@ def loud(model):
     g = torch.Generator().manual_seed(5)
     for name, p in model.named_parameters():
         if p.requires_grad:
+            p.data *= 0.1 if "embed" in name or "lm_head" in name else 1      # or every token would predict itself
             p.data += 0.15 * torch.randn(p.shape, generator=g)
     return model
 
@@ -376,7 +377,7 @@ def test_chunks_and_recomputation_change_nothing(tiny, chunk, recompute):
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("clips", [True, False])
 def test_every_parameter_takes_part(tie, clips):
-    model = M.random_model(config(tie_word_embeddings=tie), 1)
+    model = loud(M.random_model(config(tie_word_embeddings=tie), 1))
     _, grads = gradients(model, 16, clips)                           # .grad of None would raise
     assert all(torch.isfinite(g).all() for g in grads.values())
     silent = {n for n, g in grads.items() if not g.abs().max() > 0}
