@@ -451,8 +451,9 @@ def draw_rows(c: synth.Config) -> list[dict]:
         for n, task in enumerate(rng.sample(tasks, count)):           # or a kind would always meet the same accents
             extra = decompose(task) if suite == "open" else {}
             make = functools.partial(row_of, f"{suite}-{n:04d}", suite, c=c, **extra)
+            voice = synth.draw_voice(rng, synth.candidates("test", c.synth), c.synth)
             rows += [make("standard", task=task, spoken=False),
-                     make("standard", task=task, spoken=True, voice=synth.draw_voice(rng, synth.candidates("test", c.synth), c.synth))]
+                     make("standard", task=task, spoken=True, voice=voice)]
             if suite == "closed":
                 rows += condition_rows(make, task, n, c, rng)
     return rows

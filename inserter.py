@@ -839,8 +839,8 @@ def fresh(name, shape, seed):
     """A parameter's first value, from the seed and its own name alone: other parts never change it.
 
     Matrices are normal with standard deviation 1 / sqrt(3 inputs); those that write to the residual stream start at
-    zero, so that every block is the identity at first and a token's embedding is not drowned; embeddings have 1 / sqrt(width); norms start as the identity and
-    biases at zero.
+    zero, so that every block is the identity at first and a token's embedding is not drowned; embeddings have
+    1 / sqrt(width); norms start as the identity and biases at zero.
     """
     if name.endswith("embed_positions.weight"):
         return sinusoids(*shape)
@@ -1085,7 +1085,8 @@ def question_sample(question: str | np.ndarray) -> tuple[dict, dict]:
     return {"parts": None, "messages": [{"role": "user", "content": [part]}]}, {"0": question}
 
 
-def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], stop: str, max_tokens: int, batch: int) -> list[tuple[str, bool]]:
+def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], stop: str, max_tokens: int,
+             batch: int) -> list[tuple[str, bool]]:
     """Greedy continuations of prompts, in batches of similar length: (text, truncated) each."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     done: dict[int, tuple[str, bool]] = {}
@@ -1170,7 +1171,7 @@ def dev_samples(c: Config, recipe: str, count: int) -> list[tuple[dict, dict]]:
     return found
 
 
-def nats(model: InSerter, tok: Tokenizer, encoded: list[Encoded], chunk: int) -> float:
+def nats(model: InSerter, encoded: list[Encoded], chunk: int) -> float:
     """Sum of the losses of encoded samples, packed in one forward pass."""
     lane = [torch.tensor(values) for values in ([i for e in encoded for i in e.ids], [i for e in encoded for i in e.labels])]
     positions = torch.cat([torch.arange(len(e.ids)) for e in encoded])
@@ -1192,10 +1193,11 @@ def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
         if batch:
             sums["characters"] += sum(n for _, n, _ in batch)
             for way in ("heard", "typed"):
-                sums[way] += nats(model, tok, [encode(s, clips, tok, typed=way == "typed") for s, _, clips in batch], c.train.loss_chunk)
+                encoded = [encode(s, clips, tok, typed=way == "typed") for s, _, clips in batch]
+                sums[way] += nats(model, encoded, c.train.loss_chunk)
         if texts := sources["text"][at:at + 16]:
             sums["text characters"] += sum(len(p["text"]) for s, _ in texts for parts in synth.parts_of(s) for p in parts)
-            sums["text"] += nats(model, tok, [encode(s, clips, tok) for s, clips in texts], c.train.loss_chunk)
+            sums["text"] += nats(model, [encode(s, clips, tok) for s, clips in texts], c.train.loss_chunk)
     spoken = [(s, clips) for s, clips in sources["chat"] if any(p["role"] == "speech" for p in s["messages"][0]["content"])]
     sums["questions"] += len(spoken)
     for way in ("spoken", "typed out"):
@@ -1228,8 +1230,10 @@ def draw_curves(c: Config) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
     axes[0].plot([r["step"] for r in losses], [r["loss"] for r in losses], lw=0.8)
     axes[0].set(title="training loss", ylabel="nats per target", yscale="log")
-    for axis, keys, title, unit in ((axes[1], ("heard", "typed", "gap", "text"), "dev: text after speech, heard and typed", "nats per character"),
-                                    (axes[2], ("obeys spoken", "obeys typed"), "dev: answers equal to the reference", "share")):
+    shown_right = (
+        (axes[1], ("heard", "typed", "gap", "text"), "dev: text after speech, heard and typed", "nats per character"),
+        (axes[2], ("obeys spoken", "obeys typed"), "dev: answers equal to the reference", "share"))
+    for axis, keys, title, unit in shown_right:
         for key in keys:
             shown = [r for r in points if key in r["eval"]]
             axis.plot([r["step"] for r in shown], [r["eval"][key] for r in shown], marker="o", ms=3, label=key)
@@ -1375,7 +1379,8 @@ def make_optimizers(c: Config, model: InSerter, stage: synth.Stage) -> list[torc
         rate = stage.parts.get(part, 1.0)
         for _, p in named:
             p.requires_grad_(rate > 0)
-        matrices = [p for n, p in named if c.train.optimizer == "muon" and p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+        matrices = [p for n, p in named if c.train.optimizer == "muon" and p.ndim == 2
+                    and "embed" not in n and "lm_head" not in n]
         inside = set(matrices)
         others = [p for _, p in named if p not in inside]
         if rate > 0:
@@ -1391,7 +1396,8 @@ def make_optimizers(c: Config, model: InSerter, stage: synth.Stage) -> list[torc
 
 def rate_at(stage: synth.Stage, step: int, progress: float) -> float:
     """Share of the learning rate: linear over `ramp` steps, then a cosine down to `floor` at progress 1."""
-    return min(1.0, (step + 1) / max(stage.ramp, 1)) * (stage.floor + (1 - stage.floor) * (1 + math.cos(math.pi * min(progress, 1))) / 2)
+    cosine = (1 + math.cos(math.pi * min(progress, 1))) / 2
+    return min(1.0, (step + 1) / max(stage.ramp, 1)) * (stage.floor + (1 - stage.floor) * cosine)
 
 
 @dataclasses.dataclass
@@ -1459,7 +1465,7 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
     restore_slots(model, optimizers, slots)
     lanes = list(range(rank, stage.packs, world))
     feed = Feed(c, tok, at.stage, lanes, {int(lane): cursor for lane, cursor in at.cursors.items()}, device_here().type == "cuda")
-    network = DistributedDataParallel(model, device_ids=None if device_here().type == "cpu" else [device_here()]) if world > 1 else model
+    network = DistributedDataParallel(model) if world > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
     log = Log(c, at, stage)
     model.train()
@@ -1523,8 +1529,9 @@ class Log:
 
     def __init__(self, c: Config, at: Progress, stage: synth.Stage):
         self.c, self.at, self.stage, self.rank = c, at, stage, rank_and_world()[0]
-        self.bar = tqdm(total=stage.steps or stage.tokens, initial=at.stage_step if stage.steps else int(at.targets), desc=at.stage,
-                        disable=True if self.rank else None, leave=False)
+        done = at.stage_step if stage.steps else int(at.targets)
+        self.bar = tqdm(total=stage.steps or stage.tokens, initial=done, desc=at.stage, disable=True if self.rank else None,
+                        leave=False)
         self.since, self.sums = time.perf_counter(), Counter()
         self.first = at.stage_step, self.since
 
@@ -1577,9 +1584,10 @@ def fresh_model(c: Config, tok: Tokenizer) -> InSerter:
     if m.encoder:
         return join_models(m.encoder, m.llm, [tok.special[name] for name in (AUDIO, AUDIO_BOS, AUDIO_EOS)], c.seed)
     audio = {"num_mel_bins": m.mels, "d_model": m.encoder_width, "encoder_layers": m.encoder_layers,
-             "encoder_attention_heads": m.encoder_heads, "encoder_ffn_dim": 4 * m.encoder_width, "max_source_positions": MAX_FRAMES // 2}
-    text = {"vocab_size": m.vocab, "hidden_size": m.llm_width, "num_hidden_layers": m.llm_layers, "num_attention_heads": m.llm_heads,
-            "num_key_value_heads": m.llm_kv_heads, "intermediate_size": m.llm_ffn, "tie_word_embeddings": m.tie,
+             "encoder_attention_heads": m.encoder_heads, "encoder_ffn_dim": 4 * m.encoder_width,
+             "max_source_positions": MAX_FRAMES // 2}
+    text = {"vocab_size": m.vocab, "hidden_size": m.llm_width, "num_hidden_layers": m.llm_layers,
+            "num_attention_heads": m.llm_heads, "num_key_value_heads": m.llm_kv_heads, "intermediate_size": m.llm_ffn, "tie_word_embeddings": m.tie,
             "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta}, "max_position_embeddings": 32768}
     return random_model(Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=tok.special[AUDIO]), c.seed)
 
@@ -1630,6 +1638,8 @@ def train(c: Config, arguments: list[str]) -> None:
     tok = load_tokenizer(c)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+    if device_here().type == "cuda":
+        torch.cuda.set_device(device_here())
     if world > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     saved, stages = load_state(c), stages_of(c)

@@ -367,7 +367,8 @@ def draw_adjustment(rng: random.Random, split: str, kinds: list[str]) -> dict:
     while True:
         new = draw_instruction(rng, split, kinds)
         kind, constraint, (x, words) = new["kind"], new["constraint"], draw_arguments(new["kind"], rng)
-        if content_check(kind, x, words) != (new["instruction_id_list"][-1], new["kwargs"][-1]) and split_of(kind, x, constraint) in ("train", split):
+        differs = content_check(kind, x, words) != (new["instruction_id_list"][-1], new["kwargs"][-1])
+        if differs and split_of(kind, x, constraint) in ("train", split):
             break
     old = instruction(kind, x, words, constraint, new["value"], rng)
     prompt = f"{old['ask']}, {rng.choice(REPAIRS)}, {KINDS[kind]['again'].format(x=new['x'])}"
@@ -571,7 +572,8 @@ def split_documents(c: Config) -> Iterator[tuple[str, dict]]:
 # first and the text between them is spread afterwards; drawing until it fits would favour short spans.
 # --------------------------------------------------------------------------------------------------
 
-WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+(?:['’.-][^\W_\u3400-\u9fff]+)*")     # one Chinese character is one word
+# One Chinese character is one word.
+WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+(?:['’.-][^\W_\u3400-\u9fff]+)*")
 SENTENCE_END = re.compile(r"(?:[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n+)")
 
 
@@ -812,9 +814,11 @@ def read_voices(path):
     return voices
 
 
-# Engines. Three ways to speak, one signature. espeak's state (pitch flutter, gain control) runs on from clip to clip
-# and cannot be reset; the seed covers its noise only. So bytes repeat for the same calls in the same order in
-# a fresh process, while a clip made by itself sounds the same and has other bytes.
+# Engines: three ways to speak, one signature engine(texts, voices, seed) -> (waveforms, sample rate). espeak's
+# state (pitch flutter, gain control) runs on from clip to clip and cannot be reset; the seed covers its noise
+# only. So bytes repeat for the same calls in the same order in a fresh process, while a clip made by itself
+# sounds the same and has other bytes.
+
 class Espeak:
     """espeak-ng in this process. A process has one such library, so two objects would share their state."""
 
@@ -916,8 +920,9 @@ def load_engine(name):
     return Espeak() if name == "espeak" else engine(rest)
 
 
-# From waveform to file. espeak speaks a thousand times faster than real time, so what follows it decides the speed: one resampling
-# for many clips, one conversion to 16 bit, one FLAC written to memory.
+# From waveform to file: espeak speaks a thousand times faster than real time, so what follows it decides the
+# speed. One resampling for many clips, one conversion to 16 bit, one FLAC written to memory.
+
 @functools.cache
 def filters(rate):
     """torchaudio's windowed-sinc filters to 16 kHz: (half width, taps, [(first, last, (taps, phases))]).
@@ -1038,8 +1043,8 @@ def tasks(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
         texts = [document["text"][a:b] for a, b in sentences(document["text"])]
     for text in rng.sample(texts, min(2, len(texts))):
         task = rng.choices(list(s.tasks), list(s.tasks.values()))[0]
-        yield {"parts": [{"role": "speech", "text": text}, text_part(TASKS[task]["ask"], False), {"role": "answer", "task": task}],
-               "messages": None}
+        answer = {"role": "answer", "task": task}
+        yield {"parts": [{"role": "speech", "text": text}, text_part(TASKS[task]["ask"], False), answer], "messages": None}
 
 
 def typed(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
@@ -1185,11 +1190,11 @@ def make_shard(c: Config, recipe: str, split: str, number: int) -> dict:
     """Plan a shard's samples, speak them, gate them, write them. Returns its counts and the seconds it took."""
     torch.set_num_threads(1)
     started, samples = time.perf_counter(), plan_shard(c, recipe, split, number)
-    spoken = [(sample["id"], part) for sample in samples for parts in parts_of(sample) for part in parts if part["role"] == "speech"]
+    spoken = [part for sample in samples for parts in parts_of(sample) for part in parts if part["role"] == "speech"]
     counts, waveforms = Counter(samples=len(samples)), {}
     engine = load_engine(c.synth.engine) if spoken else None
     for at in range(0, len(spoken), CLIPS_AT_ONCE):
-        batch = [part for _, part in spoken[at:at + CLIPS_AT_ONCE]]
+        batch = spoken[at:at + CLIPS_AT_ONCE]
         seed = int(hashlib.sha256(f"{c.seed} {recipe} {split} {number} {at}".encode()).hexdigest()[:8], 16) >> 1
         raw, rate = engine([p["text"] for p in batch], [p["voice"] for p in batch], seed)
         waveforms |= {id(part): w for part, w in zip(batch, to_16k(raw, rate))}
