@@ -1,6 +1,5 @@
 """Training runs, whole: the same for any number of ranks and readers, the same after any interruption."""
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -89,24 +88,28 @@ def distance(a, b):
 
 # ---- the same for any number of ranks and readers ----
 
-MANY = ["train.save_every=1", "train.keep_states=100", "train.clip=1e9", "train.weight_decay=0.0"]
+@pytest.fixture(scope="module")
+def many(runner, tmp_path_factory):
+    """20 steps, every state kept, from the model of another run: a fresh one has zeros, and gradients that are zero."""
+    folder = tmp_path_factory.mktemp("first")
+    assert runner(folder, stages(4))["codes"] == [0]
+    return [stages(20), "train.save_every=1", "train.keep_states=100", "train.clip=1e9", "train.weight_decay=0.0",
+            f"model.from={folder / 'runs/t/model'}"]
 
 
 @pytest.fixture(scope="module")
-def twenty(runner, tmp_path_factory):
-    """20 steps by one process that reads for itself, from a model that other steps made: a fresh one starts with zeros."""
-    folder, first = tmp_path_factory.mktemp("twenty"), tmp_path_factory.mktemp("first")
-    assert runner(first, stages(4))["codes"] == [0]
-    MANY.append(f"model.from={first / 'runs/t/model'}")
-    done = runner(folder, stages(20), *MANY, draw=True)
+def twenty(runner, many, tmp_path_factory):
+    """One process that reads for itself."""
+    folder = tmp_path_factory.mktemp("twenty")
+    done = runner(folder, *many, draw=True)
     assert done["codes"] == [0] and "next: python bench.py" in done["out"], done
     assert (folder / "runs/t/curves.png").read_bytes().startswith(b"\x89PNG")
     return folder
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_reading_processes_change_nothing(runner, twenty, tmp_path, workers):
-    assert runner(tmp_path, stages(20), *MANY, f"train.workers={workers}")["codes"] == [0]
+def test_reading_processes_change_nothing(runner, many, twenty, tmp_path, workers):
+    assert runner(tmp_path, *many, f"train.workers={workers}")["codes"] == [0]
     same_end(tmp_path, twenty)
     assert len(metrics(tmp_path)) == 20 and len(set(metrics(tmp_path, "batch"))) == 20
 
@@ -116,26 +119,30 @@ def slots(folder, step, prefix):
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def test_two_ranks_train_the_same_model_with_adamw(runner, twenty, tmp_path):
-    assert runner(tmp_path, stages(20), *MANY, world=2)["codes"] == [0, 0]
+def all_weights(folder, step):
+    return torch.cat([t.flatten() for name, t in slots(folder, step, "weight.").items() if "embed_positions" not in name])
+
+
+def test_two_ranks_train_the_same_model_with_adamw(runner, many, twenty, tmp_path):
+    assert runner(tmp_path, *many, world=2)["codes"] == [0, 0]
     assert metrics(tmp_path, "batch", "targets", "waste") == metrics(twenty, "batch", "targets", "waste")
     one, two = (slots(folder, 1, "optim.exp_avg.") for folder in (twenty, tmp_path))      # (1 - beta1) times the gradient
     worst = {name: distance(two[name], one[name]) for name in one}
     assert len(worst) > 30 and max(worst.values()) < 1e-6, max(worst.items(), key=lambda item: item[1])
-    one, two = (torch.cat([t.flatten() for t in slots(folder, 5, "weight.").values()]) for folder in (twenty, tmp_path))
+    one, two = (all_weights(folder, 5) for folder in (twenty, tmp_path))
     assert distance(two, one) < 1e-5
     print(f"\n1 and 2 ranks, AdamW: gradients of step 1 within {max(worst.values()):.1e}, weights after 5 steps {distance(two, one):.1e}")
 
 
-def test_two_ranks_with_muon(runner, twenty, tmp_path):
+def test_two_ranks_with_muon(runner, many, twenty, tmp_path):
     """Muon rounds to bfloat16: ids and first gradients agree, then the weights drift."""
     folders = [tmp_path / "1", tmp_path / "2"]
     for world, folder in enumerate(folders, 1):
-        assert runner(folder, stages(5), *MANY, "train.optimizer=muon", world=world)["codes"] == [0] * world
+        assert runner(folder, *many, stages(5), "train.optimizer=muon", world=world)["codes"] == [0] * world
         assert metrics(folder, "batch") == metrics(twenty, "batch")[:5]
     one, two = (slots(folder, 1, "optim.momentum_buffer.") for folder in folders)
     assert len(one) >= 14 and max(distance(two[name], one[name]) for name in one) < 1e-6
-    one, two = (torch.cat([t.flatten() for t in slots(folder, 5, "weight.").values()]) for folder in folders)
+    one, two = (all_weights(folder, 5) for folder in folders)
     print(f"\n1 and 2 ranks, Muon: weights after 5 steps differ by {distance(two, one):.1e}")
 
 
@@ -193,9 +200,9 @@ def test_one_rank_is_told_to_stop_and_all_do(runner, tmp_path, term_ranks):
     same_end(folder, reference)
 
 
-def test_sigterm_to_torchrun(runner, twenty, tmp_path):
+def test_sigterm_to_torchrun(runner, many, twenty, tmp_path):
     """The real launcher, with reading processes, which its signal reaches as well: saved, and the batches go on as before."""
-    command = [*TORCHRUN, ROOT / "inserter.py", *runner.settings(stages(20), *MANY, "train.workers=1")]
+    command = [*TORCHRUN, ROOT / "inserter.py", *runner.settings(*many, "train.workers=1")]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     path, begin = tmp_path / "runs/t/metrics.jsonl", time.time()
     while not (path.exists() and len(path.read_text().splitlines()) > 2) and time.time() - begin < 60 and process.poll() is None:
@@ -206,7 +213,7 @@ def test_sigterm_to_torchrun(runner, twenty, tmp_path):
     assert err.count("Traceback") == 1 and "got signal: 15" in err, "torchrun's own alone"
     step = metrics(tmp_path)[-1][0]
     assert 3 <= step < 20 and states(tmp_path)[-1].name == f"{step:08d}"
-    assert runner(tmp_path, stages(20), *MANY, world=2)["codes"] == [0, 0]
+    assert runner(tmp_path, *many, world=2)["codes"] == [0, 0]
     assert metrics(tmp_path, "batch") == metrics(twenty, "batch")
 
 
