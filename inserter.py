@@ -1504,7 +1504,7 @@ def save_run(c: Config, model: InSerter, tok: Tokenizer, optimizers: list, at: P
     error = ""
     if rank_and_world()[0] == 0:
         try:
-            save_state(c, model, optimizers, dataclasses.asdict(at) | {"tokenizer": tok.digest})
+            save_state(c, model, optimizers, dataclasses.asdict(at) | {"tokenizer": tok.digest, "settings": synth.plain_settings(c)})
             export(c, model, tok)
         except UserError as failed:
             error = str(failed)
@@ -1646,7 +1646,7 @@ def train(c: Config, arguments: list[str]) -> None:
     where, tensors = saved or ({"stage": stages[0]}, {})
     if where.pop("tokenizer", tok.digest) != tok.digest:
         raise UserError(f"The tokenizer in {c.data} is not the one that run {c.run} began with; restore it, or use fresh=true.")
-    where.pop("files", None)
+    where = {key: where[key] for key in where if key not in ("files", "settings")}
     at, model = Progress(**where), fresh_model(c, tok)
     if saved:
         model.load_state_dict({n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}, strict=False)
