@@ -1366,21 +1366,23 @@ def sample_card(sample: dict, files: dict[str, bytes], inserter, tokenizer) -> s
 # --------------------------------------------------------------------------------------------------
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main; a UserError becomes one sentence on standard error and exit status 2."""
+    """Run a script's main; a UserError becomes one sentence on standard error and exit status 2.
+
+    Under torchrun rank 0 says it: torchrun then ends the other ranks by SIGTERM, which gives them the same status.
+    After 30 s without that signal an error is a rank's own, and it speaks itself.
+    """
+    rank_0 = os.environ.get("RANK", "0") == "0"
+    if not rank_0:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            wait_for_rank_0()
+        if not rank_0:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))      # training has its own handler
+            for _ in range(300):            # one long sleep would not see a signal that another thread has caught
+                time.sleep(0.1)
         print(error, file=sys.stderr, flush=True)
         sys.exit(2)
-
-
-def wait_for_rank_0() -> None:
-    """Let rank 0 say it. When it has, torchrun ends the other ranks by SIGTERM; after 30 s the error is this rank's own."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
-    for _ in range(300):                    # one long sleep would not see a signal that another thread has caught
-        time.sleep(0.1)
 
 
 def main(arguments: list[str]) -> None:
