@@ -727,7 +727,8 @@ class LLM(nn.Module):
         """Embeddings (T, d) -> hidden states (T, d), ready for lm_head."""
         half = self.model.layers[0].head // 2
         theta = self.config.rope_parameters["rope_theta"]
-        speed = theta ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
+        # transformers' own rounding: a unit in the last place of a speed is 1e-4 radians at position 1000
+        speed = 1 / theta ** (torch.arange(0, 2 * half, 2, device=x.device).float() / (2 * half))
         angle = position_ids[:, None, None].float() * speed                       # (T, 1, D/2)
         x = run_blocks(self.model.layers, x, recompute, (angle.cos(), angle.sin()), attend)
         return self.model.norm(x)
