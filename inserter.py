@@ -927,6 +927,8 @@ def read_checkpoint(source, model_type):
 def load_model(source):
     """(a) InSerter from a Qwen2-Audio checkpoint: ours, transformers' or the hub's; float32, on the CPU."""
     config, tensors, folder = read_checkpoint(source, "qwen2_audio")
+    # transformers 5.17 saves the LLM's names with one "model." too many
+    tensors = {name.replace("language_model.model.model.", "language_model.model."): t for name, t in tensors.items()}
     config = Qwen2AudioConfig.from_dict(config)
     head, table = (f"language_model.{name}.weight" for name in ("lm_head", "model.embed_tokens"))
     if config.text_config.tie_word_embeddings and table in tensors:
