@@ -360,7 +360,7 @@ def instruction(kind: str, x: str, words: list[str], constraint: str, value, rng
 
 
 def draw_adjustment(rng: random.Random, split: str, kinds: list[str]) -> dict:
-    """Draw an instruction whose speaker corrects himself: "count from two to five, no wait, two to seven".
+    """Draw an instruction whose speaker corrects himself: "count from two to five, no wait, from two to seven".
 
     The checks are those of the corrected instruction; `withdrawn` has those of the one taken back.
     """
