@@ -18,6 +18,7 @@ Every figure is computed from answers.jsonl alone by `score_rows`, the function 
 """
 from __future__ import annotations
 
+import ast
 import base64
 import collections
 import dataclasses
@@ -50,9 +51,11 @@ from synth import RATE, UserError
 # --------------------------------------------------------------------------------------------------
 # 1. Checks: was an instruction followed?
 #
-# A table of small functions under the instruction ids of SpeechInstructBench (and IFEval before it); the
-# arguments are the row's `kwargs`. The ids `tiny:` judge the content, which the tiny world knows: obeying
-# "in capital letters" with a wrong answer is not obeying.
+# Tables of small functions under the instruction ids of SpeechInstructBench, which are IFEval's with Chinese
+# added; the arguments are the row's `kwargs`. CHECKS are the benchmark's 25 types as they should be, OFFICIAL
+# the same with the official evaluator's faults, TINY those of the tiny suite: its answers are a few words
+# long, too short to tell their language, and the ids `tiny:` judge the content, which the tiny world knows.
+# Obeying "in capital letters" with a wrong answer is not obeying.
 # --------------------------------------------------------------------------------------------------
 
 def words_of(text: str) -> list[str]:
@@ -60,20 +63,116 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
 
 
-def bare(text: str) -> str:
-    """Lower-cased, without punctuation and space at both ends."""
-    return text.lower().strip(string.punctuation + string.whitespace + "“”")
+def unmarked(text: str) -> str:
+    """Lower-cased, without any punctuation mark, English or Chinese."""
+    return text.strip().lower().translate(dict.fromkeys(map(ord, string.punctuation + "，。！？；：“”‘’（）—【】《》〈〉、·")))
 
 
 def compare(count: int, relation: str, limit: int) -> bool:
     return count < limit if relation == "less than" else count >= limit
 
 
+def hits(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text, re.I))
+
+
+@functools.cache
+def punkt():
+    """The package nltk where it stands with its English sentence model, which the official code uses; else None."""
+    try:
+        import nltk                    # here: only scoring needs it, and only if it is installed
+        nltk.sent_tokenize(".")
+    except (ImportError, LookupError):
+        return None
+    return nltk
+
+
+def ends_sentence(mark: re.Match) -> bool:
+    """Whether a SENTENCE_MARK ends a sentence: not after "e.g.", an initial, or "3." before a small letter."""
+    word, dots, closing, after = mark.groups()
+    word, capital = word.lower().lstrip("*'_-"), after[:1].isupper()
+    if dots != "." or re.search("[.?!]", closing):
+        return capital or not dots.startswith("..")
+    if word in ABBREVIATIONS or re.fullmatch(r"(?!p\.(p\.)?s)([a-z]\.)+[a-z]", word):
+        return capital and after.lower() in STARTERS or word == "etc" and after[:1].isdigit()
+    if re.fullmatch("[a-z]", word):    # an initial, unless it numbers a line: "A. Apples"
+        return capital and (after.lower() in STARTERS or not mark.string[:mark.start()].rpartition("\n")[2].strip())
+    return not (re.fullmatch(r"[\d.,-]+", word) and after[:1].islower())
+
+
+def sentence_count(text: str) -> int:
+    """Sentences: between 。！ and ？ as soon as one character is Chinese, else as nltk's model or our rule finds them.
+
+    >>> sentence_count("Dr. Who is in. Is he? 3.5 e.g. is no end...")
+    3
+    """
+    if re.search(CHINESE, text):
+        return sum(bool(piece.strip()) for piece in re.split("[。！？]", text))
+    if punkt():
+        return len(punkt().sent_tokenize(text))
+    return bool(text.strip()) + sum(map(ends_sentence, SENTENCE_MARK.finditer(text.strip())))
+
+
+def word_count(text: str) -> int:
+    """Words, or Chinese characters as soon as there is one."""
+    return len(re.findall(CHINESE, text)) or len(re.findall(r"\w+", text))
+
+
+def capital_words(text: str) -> int:
+    """Words in capitals, cut up as the Penn Treebank does: "CAN'T STOP" has three, CA, N'T and STOP."""
+    if punkt():
+        return sum(word.isupper() for word in punkt().word_tokenize(text))
+    pieces = re.split(r"""[\s;@#$%&?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""", CONTRACTION.sub(" ", text))
+    return sum(piece.isupper() for piece in pieces)
+
+
+@functools.lru_cache(maxsize=8192)     # the loose variants of an answer are often the same text
+def language_of(text: str) -> str | None:
+    """The text's language as langdetect names it (zh-cn, zh-tw), always the same; None where it finds none."""
+    import langdetect                  # here: only the closed-ended suite needs it
+    langdetect.DetectorFactory.seed = 0
+    try:
+        return langdetect.detect(text)
+    except langdetect.LangDetectException:
+        return None
+
+
+def is_json(text: str) -> bool:
+    """JSON, with or without a fence around it."""
+    fenced = re.fullmatch("(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?(.*?)(?:```)?", text.strip(), re.S)
+    try:
+        json.loads(fenced[1].strip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def between(divider: str, text: str) -> list[str]:
+    """The texts between dividers (a pattern); nothing if any is empty but the very first and last."""
+    parts = [part.strip() for part in re.split(divider, text)]
+    return [part for part in parts if part] if all(parts[1:-1]) else []
+
+
 def two_responses(response: str) -> bool:
-    """Two different texts with six asterisks between them; nothing may be empty but the very ends."""
-    parts = [part.strip() for part in response.split("******")]
-    full = [part for part in parts if part]
-    return all(parts[1:-1]) and len(full) == 2 and full[0] != full[1]
+    """Two different texts with six asterisks between them."""
+    parts = between(r"\*{6}", response)
+    return len(parts) == 2 and parts[0] != parts[1]
+
+
+def highlights(text: str) -> int:
+    """Non-empty *sections* and **sections**; the latter count twice where a single asterisk also encloses text."""
+    return (sum(bool(found.strip("*").strip()) for found in re.findall(r"\*[^\n*]*\*", text))
+            + sum(bool(found[2:-2].strip()) for found in re.findall(r"\*\*[^\n*]*\*\*", text)))
+
+
+def nth_paragraph_starts(response: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    """Paragraphs stand between empty lines; of one with Chinese in it the first word is a prefix."""
+    parts, word = [part.strip() for part in response.split("\n\n")], first_word.lower()
+    if sum(map(bool, parts)) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
+        return False
+    if re.search(CHINESE, paragraph := parts[nth_paragraph - 1]) or not paragraph:
+        return bool(paragraph) and paragraph.startswith(word)
+    return re.split("[.,?!'\"。，？！‘“”]", paragraph.split()[0].lstrip("'").lstrip('"'))[0].lower() == word
 
 
 @functools.cache
@@ -101,29 +200,59 @@ def facts(response: str) -> set[tuple[str, str, str]]:
             for x, y in re.findall(synth.KINDS[kind]["fact"].rstrip(".").format(x=word, y=word), text)}
 
 
-ARGUMENTS = {"end_phrase": str, "keywords": list[str], "keyword": str, "frequency": int, "relation": str,
-             "forbidden_words": list[str], "num_words": int, "num_sentences": int, "num_bullets": int,
-             "postscript_marker": str, "kind": str, "words": list[str], "group": str, "count": int, "about": str}
-
 CHECKS: dict[str, Callable[..., bool]] = {
-    "change_case:english_capital": lambda response: response.isupper(),
-    "change_case:english_lowercase": lambda response: response.islower(),
-    "startend:end_checker": lambda response, end_phrase: bare(response).endswith(bare(end_phrase)),
-    "startend:quotation": lambda response: bool(re.fullmatch(r'\s*".*"\s*', response, re.S)),
-    "punctuation:no_comma": lambda response: "," not in response,
-    "keywords:existence": lambda response, keywords: all(word.lower() in response.lower() for word in keywords),
-    "keywords:frequency": lambda response, keyword, frequency, relation:
-        compare(response.lower().count(keyword.lower()), relation, frequency),
+    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
+        compare(capital_words(text), capital_relation, capital_frequency),
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text) == "en",
+    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) == "en",
+    "combination:repeat_prompt": lambda text, prompt_to_repeat:
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+    "combination:two_responses": two_responses,
+    "detectable_content:number_placeholders": lambda text, num_placeholders:
+        len(re.findall(r"[\[【].*?[\]】]", text)) >= num_placeholders,
+    "detectable_content:postscript": lambda text, postscript_marker:          # any postscript will do, or the marker
+        bool(re.search(rf"\bps\b|\bp\.\s*s\.|\b{re.escape(postscript_marker.strip().lower())}\b", text.lower())),
+    "detectable_format:constrained_response": lambda text: any(option in text for option in OPTIONS),
+    "detectable_format:json_format": is_json,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
+        len(re.split(rf"\s?{section_spliter}\s?\d+\s?", text)) > num_sections,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets: num_bullets == sum(
+        len(re.findall(pattern, text, re.M)) for pattern in (r"^\s*\*[^*].*$", r"^\s*-.*$")),
+    "detectable_format:number_highlighted_sections": lambda text, num_highlights: highlights(text) >= num_highlights,
+    "detectable_format:title": lambda text: any(title.lstrip("<").rstrip(">").strip() for title in
+        re.findall(r"<<[^\n]+>>", text.replace("《", "<<").replace("》", ">>"))),
+    "keywords:existence": lambda text, keywords: all(hits(word, text) for word in keywords),
+    "keywords:forbidden_words": lambda text, forbidden_words: not any(         # \b knows no Chinese words
+        word in text or hits(rf"\b{re.escape(word)}\b", text) for word in forbidden_words),
+    "keywords:frequency": lambda text, keyword, frequency, relation: compare(hits(keyword, text), relation, frequency),
+    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
+        compare(text.lower().count(letter.lower()), let_relation, let_frequency),
+    "language:response_language": lambda text, language: language_of(text) in CODES.get(language, (language,)),
+    "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
+    "length_constraints:number_paragraphs": lambda text, num_paragraphs: len(between(r"\*{3}", text)) == num_paragraphs,
+    "length_constraints:number_sentences": lambda text, relation, num_sentences:
+        compare(sentence_count(text), relation, num_sentences),
+    "length_constraints:number_words": lambda text, relation, num_words: compare(word_count(text), relation, num_words),
+    "punctuation:no_comma": lambda text: not re.search("[,，]", text),
+    "startend:end_checker": lambda text, end_phrase: unmarked(text).endswith(unmarked(end_phrase)),
+    "startend:quotation": lambda text: bool(re.fullmatch(r'\s*["“].*["”]\s*', text, re.S)),
+}
+
+# The official code passes text whose language cannot be told.
+OFFICIAL = CHECKS | {
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text) in ("en", None),
+    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) in ("en", None),
+    "language:response_language": lambda text, language: language_of(text) in (language, None),
+}
+
+TINY = CHECKS | {
+    "change_case:english_capital": str.isupper,
+    "change_case:english_lowercase": str.islower,
+    "startend:end_checker": lambda text, end_phrase: text.lower().strip(MARKS).endswith(end_phrase.lower().strip(MARKS)),
     "keywords:forbidden_words": lambda response, forbidden_words:
-        not any(re.search(rf"\b{re.escape(word)}\b", response, re.I) for word in forbidden_words),
-    "length_constraints:number_words": lambda response, relation, num_words:
-        compare(len(re.findall(r"\w+", response)), relation, num_words),
+        not any(hits(rf"\b{re.escape(word)}\b", response) for word in forbidden_words),
     "length_constraints:number_sentences": lambda response, relation, num_sentences:
         compare(len(synth.sentences(response)), relation, num_sentences),
-    "combination:two_responses": two_responses,
-    "detectable_format:number_bullet_lists": lambda response, num_bullets:
-        len(re.findall(r"^\s*(?:\*[^*]|-).*$", response, re.M)) == num_bullets,
-    "detectable_format:title": lambda response: any(t.strip("<> ") for t in re.findall(r"<<[^\n]+>>", response)),
     "detectable_content:postscript": lambda response, postscript_marker:
         bool(re.search(r"\.\s?".join(re.findall(r"\w", postscript_marker.lower())), response.lower())),
     # The words of the kind's domain are exactly those expected, in order: naming all colours, or counting on, fails.
@@ -132,15 +261,63 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "tiny:group": lambda response, group: [] != named(response, known_words()) == named(response, synth.GROUPS[group]),
     "tiny:different": lambda response, group:
         0 < len(named(response, synth.GROUPS[group])) == len(set(named(response, synth.GROUPS[group]))),
-    "tiny:list": lambda response, group, count: CHECKS["tiny:count"](response, group, count)
-        and CHECKS["tiny:group"](response, group) and CHECKS["tiny:different"](response, group),
+    "tiny:list": lambda response, group, count: TINY["tiny:count"](response, group, count)
+        and TINY["tiny:group"](response, group) and TINY["tiny:different"](response, group),
     "tiny:two_facts": lambda response, about:
         sum(x == about and synth.FACTS[kind].get(x) == y for kind, x, y in facts(response)) >= 2,
     "tiny:true": lambda response, about: facts(response) != set() and all(
         x == about and synth.FACTS[kind].get(x, y) == y for kind, x, y in facts(response)),
-    "tiny:facts": lambda response, about: CHECKS["tiny:two_facts"](response, about)
-        and CHECKS["tiny:true"](response, about),
+    "tiny:facts": lambda response, about: TINY["tiny:two_facts"](response, about)
+        and TINY["tiny:true"](response, about),
 }
+
+
+def given(arguments: dict, official: bool = False) -> dict:
+    """Arguments without those that are null: the official files give every instruction all names, most of them null.
+
+    Words that checks look for become patterns that match them as they stand; the official code takes them for patterns.
+    """
+    pattern = str if official else re.escape
+    return {name: value if name not in ("keyword", "keywords", "section_spliter") else
+            pattern(value.strip()) if isinstance(value, str) else [pattern(word) for word in value]
+            for name, value in arguments.items() if value is not None}
+
+
+def scorable(arguments: dict, official: bool) -> bool:
+    """Whether an instruction with these arguments has a definite verdict.
+
+    The official code drops arguments that are 0 or empty, and for these, as for negative numbers, for a letter outside
+    a-z and for a paragraph beyond the last, it draws others at random; at a language it does not list it stops.
+    """
+    if not official:
+        return arguments.get("language", "en") in (LANGUAGES + DETECTED).split()
+    counts = [value for key, value in arguments.items() if isinstance(value, int) and key != "capital_frequency"]
+    return (all(arguments.values()) and min(counts, default=0) >= 0 and arguments.get("language", "en") in LANGUAGES.split()
+            and re.fullmatch("[a-z]", arguments.get("letter", "a").lower()) is not None
+            and arguments.get("nth_paragraph", 0) <= arguments.get("num_paragraphs", 0))
+
+
+def verdict(texts: Iterable[str], name: str, arguments: dict, official: bool) -> bool | None:
+    """Whether any of the texts follows the instruction, by OFFICIAL or by CHECKS; None where it cannot be scored."""
+    check, arguments = (OFFICIAL if official else CHECKS)[name], given(arguments, official)
+    try:
+        return any(bool(text.strip() and check(text, **arguments)) for text in texts) if scorable(arguments, official) else None
+    except re.error:                   # the official code stops at a keyword that is no regular expression
+        return None
+
+
+def closed_verdicts(row: dict, official: bool) -> dict:
+    """A closed-ended row with `strict` and `loose`: True, False or None per instruction.
+
+    Without a response nothing is followed; the official code leaves such a row out.
+    """
+    ids, response = row["instruction_id_list"], row.get("response")
+    if response is None:
+        return row | {how: [None if official else False] * len(ids) for how in ("strict", "loose")}
+    response = re.sub(r"^<[123]>([\s\S]*)", lambda marked: marked[1].strip(), response)       # as the official code does
+    texts = {"strict": [response], "loose": list(dict.fromkeys(loose_variants(response)))}
+    return row | {how: [verdict(texts[how], name, arguments, official) for name, arguments in zip(ids, row["kwargs"])]
+                  for how in texts}
 
 
 def follows(response: str, ids: list[str], kwargs: list[dict]) -> list[bool]:
@@ -153,7 +330,7 @@ def follows(response: str, ids: list[str], kwargs: list[dict]) -> list[bool]:
     pieces = [response]
     if "combination:two_responses" in ids:
         pieces = [piece for piece in response.split("******") if piece.strip()] or [response]
-    return [bool(response.strip()) and all(CHECKS[name](piece, **arguments) for piece in
+    return [bool(response.strip()) and all(TINY[name](piece, **given(arguments)) for piece in
             (pieces if name.startswith("tiny:") else [response])) for name, arguments in zip(ids, kwargs)]
 
 
@@ -188,9 +365,6 @@ def verdicts(row: dict) -> dict:
 # every line has been found right, and nothing is written before everything is scored.
 # --------------------------------------------------------------------------------------------------
 
-NEEDS = {"closed": None, "adjustment": "withdrawn", "open": "decomposed_checks", "transcription": "reference"}
-
-
 def once(pairs: list[tuple[str, object]]) -> dict:
     """JSON object with every name once; json alone would keep the last and drop the others."""
     if len(dict(pairs)) < len(pairs):
@@ -198,7 +372,7 @@ def once(pairs: list[tuple[str, object]]) -> dict:
     return dict(pairs)
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path, suite: str = "tiny") -> list[dict]:
     """Read and check rows. UserError names the file and the line of the first bad one."""
     try:
         lines = path.read_bytes().splitlines()
@@ -208,23 +382,27 @@ def read_rows(path: Path) -> list[dict]:
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line.decode("utf-8"), object_pairs_hook=once))
-        except ValueError as error:                                   # JSON's and UTF-8's errors are ValueErrors
+            json.dumps(rows[-1], ensure_ascii=False).encode()         # half of a surrogate pair could not be written
+        except (ValueError, RecursionError) as error:                 # JSON's and UTF-8's errors are ValueErrors
             raise UserError(f"{path} line {number} is not JSON in UTF-8 ({error}); mend or remove it.") from None
-        check_row(rows[-1], f"{path} line {number}")
+        check_row(rows[-1], f"{path} line {number}", suite)
     if not rows:
         raise UserError(f"{path} holds no rows; give a file with one JSON object per line.")
+    if suite in ("open", "adjustment") and all(row.get("pred_score") is None for row in rows):
+        raise UserError(f"{path} has no row with pred_score, the votes of a judge, by which suite={suite} is scored.")
     return rows
 
 
-def check_row(row, where: str) -> None:
+def check_row(row, where: str, suite: str = "tiny") -> None:
     """Refuse a row that cannot be scored."""
-    kinds = {"suite": str, "condition": str, "prompt": str, "instruction_id_list": list, "kwargs": list}
-    for name, kind in kinds.items():
+    for name, kind in SUITES[suite].items():
         if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise UserError(f"{where} has no {name} of type {kind.__name__}; every row needs {', '.join(kinds)}.")
-    for name in ("response", "audio_path", "item", "kind", "constraint", "variant"):
+            raise UserError(f"{where} has no {name} of type {kind.__name__}; every row needs {', '.join(SUITES[suite])}.")
+    for name in ("response", "audio_path", "item", "kind", "constraint", "variant")[:None if suite == "tiny" else 1]:
         if not isinstance(row.get(name), str | None):
             raise UserError(f"{where}: {name} must be text, or null where there is none.")
+    if suite != "tiny":
+        return check_instructions(row, where, CHECKS) if suite == "closed" else None
     if row["suite"] not in NEEDS:
         raise UserError(f"{where} has the unknown suite {row['suite']!r}; valid ones are {', '.join(NEEDS)}.")
     if (need := NEEDS[row["suite"]]) and not isinstance(row.get(need), str if need == "reference" else dict):
@@ -234,19 +412,21 @@ def check_row(row, where: str) -> None:
         check_instructions(row[need], f"{where}, {need}")
 
 
-def check_instructions(checks: dict, where: str) -> None:
-    """Known ids, one dict of arguments each, of the types that ARGUMENTS lists."""
+def check_instructions(checks: dict, where: str, table: dict[str, Callable] = TINY) -> None:
+    """Ids that the table knows, one dict of arguments each, of the types that ARGUMENTS lists."""
     ids, kwargs = checks.get("instruction_id_list"), checks.get("kwargs")
-    if not isinstance(ids, list) or not isinstance(kwargs, list) or len(ids) != len(kwargs):
-        raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length.")
+    if not isinstance(ids, list) or not isinstance(kwargs, list) or len(ids) != len(kwargs) or table is CHECKS and not ids:
+        raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not empty.")
     for name, arguments in zip(ids, kwargs):
-        if not isinstance(name, str) or name not in CHECKS:
-            raise UserError(f"{where} has the unknown instruction {name!r}; {synth.nearest(name, CHECKS)}.")
-        _, *wanted = inspect.signature(CHECKS[name]).parameters       # the first is the response
-        if not isinstance(arguments, dict) or set(arguments) != set(wanted):
+        if not isinstance(name, str) or name not in table:
+            raise UserError(f"{where} has the unknown instruction {name!r}; {synth.nearest(name, table)}.")
+        _, *wanted = inspect.signature(table[name]).parameters        # the first is the response
+        if not isinstance(arguments, dict) or {k for k, v in arguments.items() if v is not None} != set(wanted):
             raise UserError(f"{where}: kwargs of {name} must be {{{', '.join(wanted)}}}, not {arguments!r}.")
         for key in wanted:
             synth.settle(ARGUMENTS[key], arguments[key], f"kwargs.{key} of {name}", where)
+            if key.endswith("relation") and arguments[key] not in ("less than", "at least"):
+                raise UserError(f"{where}: kwargs.{key} of {name} must be 'less than' or 'at least', not {arguments[key]!r}.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,10 +439,6 @@ def check_instructions(checks: dict, where: str) -> None:
 
 CONDITIONS = ("standard", "background noise", "accent", "paralinguistic", "disfluency")
 FLOORS = SILENCE, NEAREST = "floor: silence", "floor: nearest training prompt"
-SHOWN = {"closed": ["strict-prompt"], "adjustment": ["IAR", "ECR"], "open": ["open-score", "strict-prompt"],
-         "transcription": ["WER"]}     # the table's figures, the headline first
-WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stand beside published "
-           "SpeechInstructBench scores.")
 
 
 def mode(row: dict) -> str:
@@ -275,19 +451,47 @@ def resamples_of(n: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
-def estimate(parts: list[tuple[float, float]], resamples: int) -> tuple[float | None, list[float] | None]:
-    """Ratio of sums with its 95 % bootstrap interval, from one (numerator, denominator) per row.
-
-    >>> estimate([(1, 1), (1, 1), (0, 1), (1, 1)], 2000)
-    (0.75, [0.25, 1.0])
-    """
+def ratios_of(parts: list[tuple[float, float]], resamples: int) -> tuple[float | None, np.ndarray | None]:
+    """Ratio of sums over all rows and in each resample: (resamples,), nan where the denominator is 0 there."""
     top, bottom = np.array(parts, float).reshape(-1, 2).T             # (rows,) each
     if not bottom.sum():
         return None, None
     weights = resamples_of(len(top), resamples)
     below = weights @ bottom
-    ratios = (weights @ top)[below > 0] / below[below > 0]
-    return round(float(top.sum() / bottom.sum()), 6), np.percentile(ratios, [2.5, 97.5]).round(6).tolist()
+    return float(top.sum() / bottom.sum()), np.divide(weights @ top, below, out=np.full(resamples, np.nan), where=below > 0)
+
+
+def middle(values: np.ndarray | None) -> list[float] | None:
+    return None if values is None else np.percentile(values[~np.isnan(values)], [2.5, 97.5]).round(6).tolist()
+
+
+def with_intervals(found: dict[str, tuple[float | None, list[float] | None]]) -> dict:
+    """{"strict-prompt": 0.61, …, "interval": {"strict-prompt": [0.55, 0.66], …}} of figures, each with its interval."""
+    return {name: value for name, (value, _) in found.items()} | {
+        "interval": {name: interval for name, (_, interval) in found.items()}}
+
+
+def estimate(parts: list[tuple[float, float]], resamples: int, digits: int = 6) -> tuple[float | None, list[float] | None]:
+    """Ratio of sums with its 95 % bootstrap interval, from one (numerator, denominator) per row.
+
+    >>> estimate([(1, 1), (1, 1), (0, 1), (1, 1)], 2000)
+    (0.75, [0.25, 1.0])
+    """
+    value, ratios = ratios_of(parts, resamples)
+    return value if value is None else round(value, digits), middle(ratios)
+
+
+def closed_parts(row: dict) -> dict[str, tuple[float, float]]:
+    """Strict, loose and mean figures of a row. A verdict of None leaves the instructions, its row the prompts."""
+    parts = {}
+    for how in ("strict", "loose"):
+        known = [verdict for verdict in row[how] if verdict is not None]
+        parts[f"{how}-prompt"] = (all(known), 1) if len(known) == len(row[how]) else (0, 0)
+        parts[f"{how}-instruction"] = sum(known), len(known)
+    for level in ("prompt", "instruction"):
+        (strict, count), (loose, _) = parts[f"strict-{level}"], parts[f"loose-{level}"]
+        parts[f"mean-{level}"] = (strict + loose) / 2, count
+    return parts
 
 
 def row_parts(row: dict) -> dict[str, tuple[float, float]]:
@@ -295,11 +499,7 @@ def row_parts(row: dict) -> dict[str, tuple[float, float]]:
     if row["suite"] == "transcription":
         heard, said = words_of(row.get("response") or ""), words_of(row["reference"])
         return {"WER": (torchaudio.functional.edit_distance(said, heard), len(said))}
-    strict, loose = row["strict"], row["loose"]
-    parts = {"strict-prompt": (all(strict), 1), "strict-instruction": (sum(strict), len(strict)),
-             "loose-prompt": (all(loose), 1), "loose-instruction": (sum(loose), len(loose)),
-             "mean-prompt": ((all(strict) + all(loose)) / 2, 1),
-             "mean-instruction": ((sum(strict) + sum(loose)) / 2, len(strict))}
+    parts = closed_parts(row)
     if row["suite"] == "adjustment":   # IAR: follows the correction; ECR: what was taken back (lower is better)
         parts |= {"IAR": parts["strict-prompt"], "ECR": (all(row["withdrawn_strict"]), 1)}
     if row["suite"] == "open":
@@ -310,9 +510,7 @@ def row_parts(row: dict) -> dict[str, tuple[float, float]]:
 def figures(rows: list[dict], metrics: Iterable[str], resamples: int) -> dict:
     """{"count": 320, "strict-prompt": 0.61, …, "interval": {"strict-prompt": [0.55, 0.66], …}} of scored rows."""
     parts = [row_parts(row) for row in rows]
-    found = {name: estimate([p[name] for p in parts], resamples) for name in metrics}
-    return {"count": len(rows)} | {name: value for name, (value, _) in found.items()} | {
-        "interval": {name: interval for name, (_, interval) in found.items()}}
+    return {"count": len(rows)} | with_intervals({name: estimate([p[name] for p in parts], resamples) for name in metrics})
 
 
 def group_figures(rows: list[dict], resamples: int) -> dict:
@@ -325,13 +523,10 @@ def group_figures(rows: list[dict], resamples: int) -> dict:
         values = sorted({row[field] for row in rows if row.get(field)})
         result[f"by {field}"] = {value: figures([row for row in rows if row.get(field) == value], headline, resamples)
                                  for value in values}
-    parts = collections.defaultdict(list)
-    for row in rows:
-        for name, strict in zip(row["instruction_id_list"], row["strict"]):
-            parts[name].append((strict, 1))
-    estimates = {name: (len(found), *estimate(found, resamples)) for name, found in sorted(parts.items())}
-    result["by instruction"] = {name: dict(zip(("count", "strict-instruction", "interval"), found))
-                                for name, found in estimates.items()}
+    parts = {name: [(strict, 1) for row in rows for each, strict in zip(row["instruction_id_list"], row["strict"])
+                    if each == name] for name in sorted({name for row in rows for name in row["instruction_id_list"]})}
+    result["by instruction"] = {name: dict(zip(("count", "strict-instruction", "interval"), (
+        len(found), *estimate(found, resamples)))) for name, found in parts.items()}
     return result
 
 
@@ -384,14 +579,139 @@ def score_file(c: synth.Config) -> dict:
     """`score=FILE.jsonl`: write FILE.jsonl.scored.jsonl and FILE.jsonl.results.json, both after all is scored."""
     path = Path(c.score)
     scored, results = score_rows(read_rows(path), c.bench.bootstrap)
-    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in scored]
-    synth.write_whole(path.with_name(path.name + ".scored.jsonl"), *lines)
-    synth.write_whole(path.with_name(path.name + ".results.json"), json.dumps(results, indent=1).encode())
+    write_scores(path, scored, results)
     return results
 
 
+def write_scores(path: Path, scored: list[dict], results: dict) -> None:
+    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in scored]
+    synth.write_whole(path.with_name(path.name + ".scored.jsonl"), *lines)
+    synth.write_whole(path.with_name(path.name + ".results.json"), json.dumps(results, indent=1).encode())
+
+
 # --------------------------------------------------------------------------------------------------
-# 4. The tiny suite's prompts
+# 4. Any system's answers to the benchmark itself
+#
+# Closed-ended answers are scored by the checks above. Open-ended and adjustment rows carry the votes of a judge
+# in `pred_score`: per question the majority counts, and beside each score stands the share of rows it covers.
+# --------------------------------------------------------------------------------------------------
+
+
+def parsed(value):
+    """What a text says as JSON object or as list in JSON or Python, None where it says nothing; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return (json.loads if value.strip().startswith("{") else ast.literal_eval)(value.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def vote_of(vote, suite: str) -> list[str] | None:
+    """A judge's vote as one YES or NO per question, for adjustment rows per name in JUDGED; None where it is malformed.
+
+    >>> vote_of("['YES', 'no']", "open")
+    ['YES', 'NO']
+    """
+    vote = parsed(vote)
+    if suite == "adjustment":
+        vote = [vote.get(name) for name in JUDGED] if isinstance(vote, dict) else None
+    words = [str(word).strip().upper() for word in (vote if isinstance(vote, list) else [])]
+    return words if words and set(words) <= {"YES", "NO"} else None
+
+
+def judged_verdicts(row: dict, suite: str, official: bool) -> dict:
+    """A judged row with `majority` (True or False per question, none without a vote), `votes`, `malformed` and `ties`.
+
+    YES needs more than half of the well-formed votes, so a tie is NO; in the official code the first vote decides it. A
+    vote of the wrong length is malformed; where the number of questions is not known, that of the longest vote is right.
+    Without a response every question is NO; the official code leaves the row out.
+    """
+    raw, questions = parsed(row.get("pred_score")), parsed(row.get("decomposed_questions"))
+    raw = raw if isinstance(raw, list) else [] if row.get("pred_score") is None else [raw]
+    known = len(JUDGED) if suite == "adjustment" else len(questions) if isinstance(questions, list) and not official else 0
+    if row.get("response") is None:
+        return row | {"majority": [] if official else [False] * (known or 1), "votes": 0, "malformed": 0, "ties": 0}
+    votes = [vote for vote in (vote_of(one, suite) for one in raw) if vote]
+    votes = [vote for vote in votes if len(vote) == (known or max(map(len, votes)))]
+    yes = [sum(word == "YES" for word in column) - len(votes) / 2 for column in zip(*votes)]
+    return row | {"majority": [n > 0 or official and n == 0 and votes[0][i] == "YES" for i, n in enumerate(yes)],
+                  "votes": len(raw), "malformed": len(raw) - len(votes), "ties": yes.count(0)}
+
+
+def answer_parts(row: dict, suite: str) -> dict[str, tuple[float, float]]:
+    """What a scored row adds to each figure, its own types of instruction among them: metric -> (numerator, denominator).
+
+    IAR: the correction is followed and the content right; ECR: what was taken back is followed (lower is better).
+    """
+    if suite == "closed":
+        parts = closed_parts(row)
+        for name, how in itertools.product(set(row["instruction_id_list"]), ("strict", "loose")):
+            found = [verdict for each, verdict in zip(row["instruction_id_list"], row[how]) if each == name]
+            parts[f"{name} {how}"] = found.count(True), len(found) - found.count(None)
+    elif not (majority := row["majority"]):
+        parts = dict.fromkeys(METRICS[suite], (0, 0))
+    elif suite == "open":
+        parts = {"prompt": (all(majority), 1), "instruction": (sum(majority), len(majority))}
+    else:
+        parts = {"IAR": (all(majority[:2]), 1), "ECR": (majority[2], 1)}
+    return parts | {"coverage": (parts[METRICS[suite][0]][1], 1)}
+
+
+def score_answers(rows: list[dict], c: synth.Config) -> tuple[list[dict], list[dict], dict]:
+    """Score one system's rows: the rows with their verdicts, what each adds to the figures, and the figures."""
+    closed = c.suite == "closed"
+    scored = [closed_verdicts(row, c.official) if closed else judged_verdicts(row, c.suite, c.official) for row in rows]
+    parts = [answer_parts(row, c.suite) for row in scored]
+    types = sorted({name for row in rows if closed for name in row["instruction_id_list"]})
+    names = [*METRICS[c.suite], "coverage", *(f"{name} {how}" for name in types for how in ("strict", "loose"))]
+    columns = {name: [part.get(name, (0, 0)) for part in parts] for name in names}
+    unscored = [row["strict"].count(None) for row in scored if closed and row.get("response") is not None]
+    counts = {name: sum(row[name] for row in scored) for name in ("votes", "malformed", "ties")} if not closed else {
+        "unscored-instructions": sum(unscored), "unscored-rows": sum(map(bool, unscored)),
+        "tokenizer": "nltk punkt_tab" if punkt() else "rule"}
+    return scored, parts, {
+        "suite": c.suite, "official": c.official, "rows": len(rows), "missing": sum(row.get("response") is None for row in rows),
+        **counts, "bootstrap": c.bench.bootstrap, "count": {name: sum(n for _, n in column) for name, column in columns.items()},
+        **with_intervals({name: estimate(column, c.bench.bootstrap, digits=17) for name, column in columns.items()})}
+
+
+def numbered(rows: list[dict]) -> dict[tuple[str, int], int]:
+    """(key as JSON, how many rows before have it) -> index of the row."""
+    counts = collections.defaultdict(itertools.count)
+    return {(key, next(counts[key])): i for i, key in enumerate(json.dumps(row.get("key")) for row in rows)}
+
+
+def differences(paths: list[Path], systems: list[list[dict]], parts: list[list[dict]], resamples: int) -> dict:
+    """The first system's figures minus the second's with the interval of paired resamples; rows pair by key and its
+    n-th occurrence. UserError for a row without a partner."""
+    keys, found = list(map(numbered, systems)), {}
+    for i, j in ((0, 1), (1, 0)):
+        if alone := [(key, row) for (key, n), row in keys[i].items() if (key, n) not in keys[j] or key == "null"]:
+            raise UserError(f"{paths[i]} line {alone[0][1] + 1} (key {alone[0][0]}) has no partner in {paths[j]}; rows pair by key.")
+    pairs = [(parts[0][row], parts[1][keys[1][key]]) for key, row in keys[0].items()]
+    for name in dict.fromkeys(itertools.chain(*parts[0], *parts[1])):
+        (a, many), (b, others) = (ratios_of([part.get(name, (0, 0)) for part in side], resamples) for side in zip(*pairs))
+        found[name] = (None, None) if a is None or b is None else (a - b, middle(many - others))
+    return {"to": str(paths[1]), "pairs": len(pairs)} | with_intervals(found)
+
+
+def score_systems(c: synth.Config) -> None:
+    """`score=A.jsonl[,B.jsonl]`: write and print the figures of one system, or of two and their difference (in A's)."""
+    paths = [Path(c.score)] if Path(c.score).is_file() else list(map(Path, c.score.split(",")))
+    if len(paths) > 2 or c.bench.bootstrap < 1:
+        raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is at least 1.")
+    systems = [read_rows(path, c.suite) for path in paths]
+    scored, parts, results = zip(*(score_answers(rows, c) for rows in systems))
+    if len(paths) == 2:
+        results[0]["difference"] = differences(paths, systems, parts, c.bench.bootstrap)
+    for path, found, figure in zip(paths, scored, results):
+        write_scores(path, found, figure)
+    print_scores(c, paths, results)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. The tiny suite's prompts
 #
 # Drawn from the tiny world's test split by the seed: closed-ended instructions in equal numbers of every
 # kind, adjustment ones and open-ended ones. A row is one way to ask one of them: typed, or spoken under a
@@ -500,7 +820,7 @@ def transcription_rows(rows: list[dict]) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. Speaking the prompts
+# 6. Speaking the prompts
 #
 # espeak speaks them, whatever engine made the training data: it has the accents and the styles. All in one
 # fresh process, in one order, because espeak's state runs on from clip to clip.
@@ -601,7 +921,7 @@ def make_prompts(c: synth.Config, folder: Path) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Asking the model
+# 7. Asking the model
 #
 # Answers are appended batch by batch, so an interrupted benchmark continues with the next batch. The
 # floor "nearest training prompt" asks no model: it is what a table of the training dialogues would answer.
@@ -706,11 +1026,9 @@ def read_clip(folder: Path, row: dict) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The table and the page
+# 8. The table and the page
 # --------------------------------------------------------------------------------------------------
 
-COLUMNS = ("condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap", "other prompts", "silence",
-           "nearest")
 PAGE_BYTES = 11_000_000           # of base64 audio; a page beyond 15 MB opens slowly
 
 
@@ -746,13 +1064,33 @@ def table_rows(results: dict) -> Iterator[list[str]]:
                        *(points(floor[metric]) for floor in floors.values())]
 
 
-def print_table(results: dict) -> None:
-    rows = [list(COLUMNS), *table_rows(results)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    print(results["warning"])
+def print_aligned(rows: list[list[str]], left: int) -> None:
+    """Rows of cells in columns, the first `left` of them flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
-        print("  ".join(cells))
+        print("  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+
+
+def print_scores(c: synth.Config, paths: list[Path], results: list[dict]) -> None:
+    """Percent with 95 % intervals; closed-ended types of instruction one by one; published rows where asked for."""
+    for path, found in zip(paths, results):
+        print(f"{path}:", ", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)))
+        print(f"{path}.results.json and {path}.scored.jsonl are written.")
+    titles, columns = [path.name for path in paths], list(results)
+    if "difference" in results[0]:
+        titles, columns = [*titles, "difference"], [*columns, results[0]["difference"]]
+    names = dict.fromkeys(itertools.chain(*(found["interval"] for found in results)))
+    print_aligned([["percent", *titles], *(
+        [name, *(percent({name: None} | found, name) for found in columns)] for name in names)], 1)
+    if c.published:
+        header, at = PUBLISHED_COLUMNS.split(), {"closed": slice(0, 10), "open": slice(10, 12), "adjustment": slice(12, 14)}[c.suite]
+        print(f"Published, P for prompt-level, I for instruction-level; source: {PUBLISHED_SOURCE}")
+        print_aligned([["", "", *header[at]], *(line.split()[:2] + line.split()[2:][at] for line in PUBLISHED)], 2)
+
+
+def print_table(results: dict) -> None:
+    print(results["warning"])
+    print_aligned([list(COLUMNS), *table_rows(results)], 2)
     print(f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing. Floors: these "
           "answers against other prompts' instructions; the model fed silence; the answer of the nearest training prompt.")
 
@@ -864,7 +1202,7 @@ def write_report(c: synth.Config, folder: Path, scored: list[dict], results: dic
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The command line
+# 9. The command line
 # --------------------------------------------------------------------------------------------------
 
 SHAPING = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")     # synth's: the voices
@@ -904,16 +1242,89 @@ def benchmark(c: synth.Config) -> dict:
 
 def main(arguments: list[str]) -> None:
     c = synth.load_config(arguments)
+    if c.suite not in SUITES:
+        raise UserError(f"There is no suite {c.suite!r}; valid ones are {', '.join(SUITES)}.")
+    if c.score is None and c.suite != "tiny" or c.suite == "tiny" and (c.official or c.published):
+        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published are for these alone.")
     if c.suite != "tiny":
-        raise UserError(f"There is no suite {c.suite!r}; the valid one is tiny.")
+        return score_systems(c)
     print_table(score_file(c) if c.score is not None else benchmark(c))
     print(f"{c.score}.results.json and {c.score}.scored.jsonl are written." if c.score is not None else
           f"runs/{c.run}/bench/report.html is written; open it in a browser to hear the prompts.")
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: the styles of the paralinguistic condition, and the page
+# Data: what the checks look up, published scores, the styles of the paralinguistic condition, and the page
 # --------------------------------------------------------------------------------------------------
+
+OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.", "我的答案是是的。", "我的答案是不是。", "我的答案是可能。")
+
+# What every row must have, and the types of all arguments of all checks
+NEEDS = {"closed": None, "adjustment": "withdrawn", "open": "decomposed_checks", "transcription": "reference"}
+CHECKED = {"prompt": str, "instruction_id_list": list, "kwargs": list}
+SUITES = {"tiny": {"suite": str, "condition": str} | CHECKED, "closed": CHECKED, "open": {"prompt": str},
+          "adjustment": {"prompt": str}}
+ARGUMENTS = (dict.fromkeys("forbidden_words keywords words".split(), list[str]) | dict.fromkeys((
+    "capital_frequency count frequency let_frequency nth_paragraph num_bullets num_highlights num_paragraphs "
+    "num_placeholders num_sections num_sentences num_words").split(), int) | dict.fromkeys((
+    "about capital_relation end_phrase first_word group keyword kind language let_relation letter postscript_marker "
+    "prompt_to_repeat relation section_spliter").split(), str))
+
+# The languages that the official code lists, and the others that langdetect tells apart, Chinese also as plain zh.
+LANGUAGES = "en es pt ar hi fr ru de ja it bn uk th ur ta te bg ko pl he fa vi ne sw kn mr gu pa ml fi"
+CODES = {"zh": ("zh-cn", "zh-tw")}
+DETECTED = " zh zh-cn zh-tw af ca cs cy da el et hr hu id lt lv mk nl no ro sk sl so sq sv tl tr"
+
+# The figures of each suite, and what a judge says of an adjustment row
+METRICS = {"closed": [f"{how}-{level}" for how in ("strict", "loose", "mean") for level in ("prompt", "instruction")],
+           "open": ["prompt", "instruction"], "adjustment": ["IAR", "ECR"]}
+JUDGED = ("follow_after_adjust", "after_adjust_content_correct", "follow_before_adjust")
+
+# For counting sentences without nltk's model. After an abbreviation a sentence ends only before a word that often
+# starts one; "v" and "x" are rather numerals than initials.
+ABBREVIATIONS = set("""al approx apr aug ca capt cf co col corp dec dept dr est etc feb fig ft gen gov hon inc jan jr lt ltd
+    mr mrs ms mt no nov oct prof rep rev sen sept sgt sr st v vol vs x""".split())
+STARTERS = set("""a after all also an and as at before but do during each every first for from he her here his how however i
+    if in it its let my no now on once one our please remember she so some that the their then there these they this
+    those to we what when where which while who why with yes you your""".split())
+
+CHINESE = "[\u4e00-\u9fff]"
+MARKS = string.punctuation + string.whitespace + "“”"
+
+# A mark that may end a sentence: the word before it, the mark, closing marks (more may follow), the word after.
+SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]*?)(\.{2,}|[.?!])([.?!)\]}"']*)(?!["')\]}\s]*$)"""
+                           r"""(?:\s+|(?=\*)|(?<=["')\]}])(?=[^\w\s]))(?=[^\w\s]*(\w*))""")
+
+# Where a contraction is cut: can|'t is CA|N'T in capitals
+CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(?<=\bcan)(?=not\b)|(?<=\bgim|\blem)(?=me\b)"
+                         r"|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)")
+
+# The tiny suite's table, and the figures it shows, the headline first
+SHOWN = {"closed": ["strict-prompt"], "adjustment": ["IAR", "ECR"], "open": ["open-score", "strict-prompt"],
+         "transcription": ["WER"]}
+COLUMNS = ("condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap", "other prompts", "silence",
+           "nearest")
+WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stand beside published "
+           "SpeechInstructBench scores.")
+
+# The leaderboard of the official repository, in percent: closed-ended prompt- and instruction-level accuracy under
+# the five conditions, open-ended prompt- and instruction-level accuracy, adjustment IAR and ECR.
+PUBLISHED_SOURCE = "README of github.com/dingdongwang/SpeechInstructBench, 2025"
+PUBLISHED_COLUMNS = """standard-P standard-I background-P background-I accent-P accent-I paralinguistic-P paralinguistic-I
+    disfluency-P disfluency-I open-P open-I IAR ECR"""
+PUBLISHED = """English BLSP         14.97 24.17  13.76 23.46  13.28 22.89  13.65 23.60  13.10 22.88  11.78 21.55  35.45 35.05
+English GLM-4-Voice  18.28 29.39  17.29 27.89  20.37 31.11  20.04 31.75  18.83 30.18  28.17 52.05  77.91 24.89
+English Mini-Omni2    7.04 16.52   7.26 16.52   7.80 16.91   6.16 15.59   7.92 16.30   3.23  6.84  12.80 21.20
+English Mini-Omni     8.14 16.73   9.25 17.74   8.37 16.88   8.14 18.02   8.23 17.52   1.15  1.70   7.31 18.69
+English Megrez       19.49 31.04  17.51 28.96  18.31 29.18  19.02 30.53  19.28 28.67  37.27 64.35  55.06 31.98
+English DIVA         27.64 37.26  26.32 36.69  26.49 36.26  27.97 37.91  19.16 27.89  33.64 61.12  58.94 33.73
+English Qwen2-Audio  19.82 30.18  18.17 28.82  18.59 28.81  20.70 31.33  15.19 24.67  31.40 58.14  48.60 37.45
+English InSerter     39.75 51.35  37.56 49.87  37.34 48.24  35.79 46.85  36.38 47.28  40.87 67.33  80.72 23.28
+Chinese GLM-4-Voice  18.31 26.72  16.58 23.99  12.64 20.86  17.28 25.76  14.51 22.87  39.03 56.52  81.27 13.15
+Chinese Megrez       18.31 27.84  17.16 26.32  17.26 26.01  18.43 27.97  16.58 25.76  31.69 39.27  63.34 17.53
+Chinese DIVA         15.86 26.43  17.05 25.92  11.71 21.18  15.55 24.87  14.97 24.31  10.62 31.10  25.94 13.39
+Chinese Qwen2-Audio  19.23 28.97  18.89 28.49  17.99 26.99  18.77 26.48  18.77 26.48  40.64 64.37  64.00 23.20
+Chinese InSerter     32.71 42.37  32.60 42.30  27.95 36.15  33.99 43.18  32.48 41.33  50.58 68.32  84.06 12.10""".splitlines()
 
 # espeak's parameters are drawn from these ranges; without "timbres", from the timbres that training never hears.
 STYLES = {

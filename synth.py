@@ -1513,6 +1513,7 @@ class Config:
     score: str | None
     suite: str
     official: bool
+    published: bool
     may_change: list[str]
     synth: Synth
     model: Model
