@@ -81,10 +81,9 @@ def punkt():
     """The package nltk where it stands with its English sentence model, which the official code uses; else None."""
     try:
         import nltk                    # here: only scoring needs it, and only if it is installed
-        nltk.sent_tokenize(".")
+        return nltk if nltk.sent_tokenize(".") else None
     except (ImportError, LookupError):
         return None
-    return nltk
 
 
 def ends_sentence(mark: re.Match) -> bool:
@@ -103,7 +102,7 @@ def ends_sentence(mark: re.Match) -> bool:
 def sentence_count(text: str) -> int:
     """Sentences: between 。！ and ？ as soon as one character is Chinese, else as nltk's model or our rule finds them.
 
-    >>> sentence_count("Dr. Who is in. Is he? 3.5 e.g. is no end...")
+    >>> sentence_count("Dr. Mo is in. Is he? 3.5 e.g. is no end...")
     3
     """
     if re.search(CHINESE, text):
@@ -291,8 +290,8 @@ def scorable(arguments: dict, official: bool) -> bool:
     """
     if not official:
         return arguments.get("language", "en") in (LANGUAGES + DETECTED).split()
-    counts = [value for key, value in arguments.items() if isinstance(value, int) and key != "capital_frequency"]
-    return (all(arguments.values()) and min(counts, default=0) >= 0 and arguments.get("language", "en") in LANGUAGES.split()
+    negative = [k for k, v in arguments.items() if isinstance(v, int) and v < 0 and k != "capital_frequency"]
+    return (all(arguments.values()) and not negative and arguments.get("language", "en") in LANGUAGES.split()
             and re.fullmatch("[a-z]", arguments.get("letter", "a").lower()) is not None
             and arguments.get("nth_paragraph", 0) <= arguments.get("num_paragraphs", 0))
 
@@ -301,7 +300,7 @@ def verdict(texts: Iterable[str], name: str, arguments: dict, official: bool) ->
     """Whether any of the texts follows the instruction, by OFFICIAL or by CHECKS; None where it cannot be scored."""
     check, arguments = (OFFICIAL if official else CHECKS)[name], given(arguments, official)
     try:
-        return any(bool(text.strip() and check(text, **arguments)) for text in texts) if scorable(arguments, official) else None
+        return any(check(text, **arguments) for text in texts if text.strip()) if scorable(arguments, official) else None
     except re.error:                   # the official code stops at a keyword that is no regular expression
         return None
 
@@ -415,7 +414,7 @@ def check_row(row, where: str, suite: str = "tiny") -> None:
 def check_instructions(checks: dict, where: str, table: dict[str, Callable] = TINY) -> None:
     """Ids that the table knows, one dict of arguments each, of the types that ARGUMENTS lists."""
     ids, kwargs = checks.get("instruction_id_list"), checks.get("kwargs")
-    if not isinstance(ids, list) or not isinstance(kwargs, list) or len(ids) != len(kwargs) or table is CHECKS and not ids:
+    if not isinstance(ids, list) or not isinstance(kwargs, list) or len(ids) != len(kwargs) or not (ids or table is TINY):
         raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not empty.")
     for name, arguments in zip(ids, kwargs):
         if not isinstance(name, str) or name not in table:
@@ -426,7 +425,7 @@ def check_instructions(checks: dict, where: str, table: dict[str, Callable] = TI
         for key in wanted:
             synth.settle(ARGUMENTS[key], arguments[key], f"kwargs.{key} of {name}", where)
             if key.endswith("relation") and arguments[key] not in ("less than", "at least"):
-                raise UserError(f"{where}: kwargs.{key} of {name} must be 'less than' or 'at least', not {arguments[key]!r}.")
+                raise UserError(f"{where}: kwargs.{key} of {name} must be 'less than' or 'at least'.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -457,8 +456,8 @@ def ratios_of(parts: list[tuple[float, float]], resamples: int) -> tuple[float |
     if not bottom.sum():
         return None, None
     weights = resamples_of(len(top), resamples)
-    below = weights @ bottom
-    return float(top.sum() / bottom.sum()), np.divide(weights @ top, below, out=np.full(resamples, np.nan), where=below > 0)
+    above, below = weights @ top, weights @ bottom
+    return float(top.sum() / bottom.sum()), np.divide(above, below, out=np.full(resamples, np.nan), where=below > 0)
 
 
 def middle(values: np.ndarray | None) -> list[float] | None:
@@ -471,7 +470,7 @@ def with_intervals(found: dict[str, tuple[float | None, list[float] | None]]) ->
         "interval": {name: interval for name, (_, interval) in found.items()}}
 
 
-def estimate(parts: list[tuple[float, float]], resamples: int, digits: int = 6) -> tuple[float | None, list[float] | None]:
+def estimate(parts: list[tuple[float, float]], resamples: int, digits: int = 6) -> tuple[float | None, list | None]:
     """Ratio of sums with its 95 % bootstrap interval, from one (numerator, denominator) per row.
 
     >>> estimate([(1, 1), (1, 1), (0, 1), (1, 1)], 2000)
@@ -510,7 +509,7 @@ def row_parts(row: dict) -> dict[str, tuple[float, float]]:
 def figures(rows: list[dict], metrics: Iterable[str], resamples: int) -> dict:
     """{"count": 320, "strict-prompt": 0.61, …, "interval": {"strict-prompt": [0.55, 0.66], …}} of scored rows."""
     parts = [row_parts(row) for row in rows]
-    return {"count": len(rows)} | with_intervals({name: estimate([p[name] for p in parts], resamples) for name in metrics})
+    return {"count": len(rows)} | with_intervals({m: estimate([p[m] for p in parts], resamples) for m in metrics})
 
 
 def group_figures(rows: list[dict], resamples: int) -> dict:
@@ -598,7 +597,7 @@ def write_scores(path: Path, scored: list[dict], results: dict) -> None:
 
 
 def parsed(value):
-    """What a text says as JSON object or as list in JSON or Python, None where it says nothing; anything else as it is."""
+    """What a text says as JSON object, or as list in JSON or Python; None where it says nothing; no text as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -629,11 +628,11 @@ def judged_verdicts(row: dict, suite: str, official: bool) -> dict:
     """
     raw, questions = parsed(row.get("pred_score")), parsed(row.get("decomposed_questions"))
     raw = raw if isinstance(raw, list) else [] if row.get("pred_score") is None else [raw]
-    known = len(JUDGED) if suite == "adjustment" else len(questions) if isinstance(questions, list) and not official else 0
+    questions = JUDGED if suite == "adjustment" else questions if isinstance(questions, list) and not official else ()
     if row.get("response") is None:
-        return row | {"majority": [] if official else [False] * (known or 1), "votes": 0, "malformed": 0, "ties": 0}
+        return row | dict(majority=[] if official else [False] * max(1, len(questions)), votes=0, malformed=0, ties=0)
     votes = [vote for vote in (vote_of(one, suite) for one in raw) if vote]
-    votes = [vote for vote in votes if len(vote) == (known or max(map(len, votes)))]
+    votes = [vote for vote in votes if len(vote) == (len(questions) or max(map(len, votes)))]
     yes = [sum(word == "YES" for word in column) - len(votes) / 2 for column in zip(*votes)]
     return row | {"majority": [n > 0 or official and n == 0 and votes[0][i] == "YES" for i, n in enumerate(yes)],
                   "votes": len(raw), "malformed": len(raw) - len(votes), "ties": yes.count(0)}
@@ -666,13 +665,14 @@ def score_answers(rows: list[dict], c: synth.Config) -> tuple[list[dict], list[d
     types = sorted({name for row in rows if closed for name in row["instruction_id_list"]})
     names = [*METRICS[c.suite], "coverage", *(f"{name} {how}" for name in types for how in ("strict", "loose"))]
     columns = {name: [part.get(name, (0, 0)) for part in parts] for name in names}
-    unscored = [row["strict"].count(None) for row in scored if closed and row.get("response") is not None]
+    answered = [row for row in scored if row.get("response") is not None]
+    unscored = [row["strict"].count(None) for row in answered if closed]
     counts = {name: sum(row[name] for row in scored) for name in ("votes", "malformed", "ties")} if not closed else {
         "unscored-instructions": sum(unscored), "unscored-rows": sum(map(bool, unscored)),
         "tokenizer": "nltk punkt_tab" if punkt() else "rule"}
     return scored, parts, {
-        "suite": c.suite, "official": c.official, "rows": len(rows), "missing": sum(row.get("response") is None for row in rows),
-        **counts, "bootstrap": c.bench.bootstrap, "count": {name: sum(n for _, n in column) for name, column in columns.items()},
+        "suite": c.suite, "official": c.official, "rows": len(rows), "missing": len(rows) - len(answered), **counts,
+        "bootstrap": c.bench.bootstrap, "count": {name: sum(n for _, n in column) for name, column in columns.items()},
         **with_intervals({name: estimate(column, c.bench.bootstrap, digits=17) for name, column in columns.items()})}
 
 
@@ -687,8 +687,9 @@ def differences(paths: list[Path], systems: list[list[dict]], parts: list[list[d
     n-th occurrence. UserError for a row without a partner."""
     keys, found = list(map(numbered, systems)), {}
     for i, j in ((0, 1), (1, 0)):
-        if alone := [(key, row) for (key, n), row in keys[i].items() if (key, n) not in keys[j] or key == "null"]:
-            raise UserError(f"{paths[i]} line {alone[0][1] + 1} (key {alone[0][0]}) has no partner in {paths[j]}; rows pair by key.")
+        if alone := [f"line {row + 1} (key {key})" for (key, n), row in keys[i].items()
+                     if (key, n) not in keys[j] or key == "null"]:
+            raise UserError(f"{paths[i]} {alone[0]} has no partner in {paths[j]}; rows pair by key and its n-th occurrence.")
     pairs = [(parts[0][row], parts[1][keys[1][key]]) for key, row in keys[0].items()]
     for name in dict.fromkeys(itertools.chain(*parts[0], *parts[1])):
         (a, many), (b, others) = (ratios_of([part.get(name, (0, 0)) for part in side], resamples) for side in zip(*pairs))
@@ -699,13 +700,13 @@ def differences(paths: list[Path], systems: list[list[dict]], parts: list[list[d
 def score_systems(c: synth.Config) -> None:
     """`score=A.jsonl[,B.jsonl]`: write and print the figures of one system, or of two and their difference (in A's)."""
     paths = [Path(c.score)] if Path(c.score).is_file() else list(map(Path, c.score.split(",")))
-    if len(paths) > 2 or c.bench.bootstrap < 1:
-        raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is at least 1.")
+    if len(paths) > 2 or c.bench.bootstrap < 100:
+        raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is at least 100.")
     systems = [read_rows(path, c.suite) for path in paths]
     scored, parts, results = zip(*(score_answers(rows, c) for rows in systems))
     if len(paths) == 2:
         results[0]["difference"] = differences(paths, systems, parts, c.bench.bootstrap)
-    for path, found, figure in zip(paths, scored, results):
+    for path, found, figure in zip(paths[::-1], scored[::-1], results[::-1]):      # the first holds the difference
         write_scores(path, found, figure)
     print_scores(c, paths, results)
 
@@ -1068,22 +1069,21 @@ def print_aligned(rows: list[list[str]], left: int) -> None:
     """Rows of cells in columns, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  ".join(cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))))
+        print("  ".join((str.ljust if i < left else str.rjust)(row[i], width) for i, width in enumerate(widths)))
 
 
 def print_scores(c: synth.Config, paths: list[Path], results: list[dict]) -> None:
     """Percent with 95 % intervals; closed-ended types of instruction one by one; published rows where asked for."""
     for path, found in zip(paths, results):
-        print(f"{path}:", ", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)))
-        print(f"{path}.results.json and {path}.scored.jsonl are written.")
+        print(", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)),
+              f"\n{path}.results.json and {path}.scored.jsonl are written.")
     titles, columns = [path.name for path in paths], list(results)
     if "difference" in results[0]:
         titles, columns = [*titles, "difference"], [*columns, results[0]["difference"]]
-    names = dict.fromkeys(itertools.chain(*(found["interval"] for found in results)))
-    print_aligned([["percent", *titles], *(
-        [name, *(percent({name: None} | found, name) for found in columns)] for name in names)], 1)
+    print_aligned([["percent", *titles], *([name, *(percent({name: None} | found, name) for found in columns)]
+                                           for name in results[0]["count"] | results[-1]["count"])], 1)
     if c.published:
-        header, at = PUBLISHED_COLUMNS.split(), {"closed": slice(0, 10), "open": slice(10, 12), "adjustment": slice(12, 14)}[c.suite]
+        header, at = PUBLISHED_COLUMNS.split(), slice(*PUBLISHED_SPAN[c.suite])
         print(f"Published, P for prompt-level, I for instruction-level; source: {PUBLISHED_SOURCE}")
         print_aligned([["", "", *header[at]], *(line.split()[:2] + line.split()[2:][at] for line in PUBLISHED)], 2)
 
@@ -1245,7 +1245,7 @@ def main(arguments: list[str]) -> None:
     if c.suite not in SUITES:
         raise UserError(f"There is no suite {c.suite!r}; valid ones are {', '.join(SUITES)}.")
     if c.score is None and c.suite != "tiny" or c.suite == "tiny" and (c.official or c.published):
-        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published are for these alone.")
+        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published need these suites.")
     if c.suite != "tiny":
         return score_systems(c)
     print_table(score_file(c) if c.score is not None else benchmark(c))
@@ -1292,7 +1292,7 @@ CHINESE = "[\u4e00-\u9fff]"
 MARKS = string.punctuation + string.whitespace + "“”"
 
 # A mark that may end a sentence: the word before it, the mark, closing marks (more may follow), the word after.
-SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]*?)(\.{2,}|[.?!])([.?!)\]}"']*)(?!["')\]}\s]*$)"""
+SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]{0,40}?)(\.{2,}|[.?!])([.?!)\]}"']*)(?!["')\]}\s]*$)"""
                            r"""(?:\s+|(?=\*)|(?<=["')\]}])(?=[^\w\s]))(?=[^\w\s]*(\w*))""")
 
 # Where a contraction is cut: can|'t is CA|N'T in capitals
@@ -1312,6 +1312,7 @@ WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stan
 PUBLISHED_SOURCE = "README of github.com/dingdongwang/SpeechInstructBench, 2025"
 PUBLISHED_COLUMNS = """standard-P standard-I background-P background-I accent-P accent-I paralinguistic-P paralinguistic-I
     disfluency-P disfluency-I open-P open-I IAR ECR"""
+PUBLISHED_SPAN = {"closed": (0, 10), "open": (10, 12), "adjustment": (12, 14)}
 PUBLISHED = """English BLSP         14.97 24.17  13.76 23.46  13.28 22.89  13.65 23.60  13.10 22.88  11.78 21.55  35.45 35.05
 English GLM-4-Voice  18.28 29.39  17.29 27.89  20.37 31.11  20.04 31.75  18.83 30.18  28.17 52.05  77.91 24.89
 English Mini-Omni2    7.04 16.52   7.26 16.52   7.80 16.91   6.16 15.59   7.92 16.30   3.23  6.84  12.80 21.20
