@@ -13,6 +13,7 @@ A prompt's way through this file:
     python bench.py                           benchmark the run: runs/<run>/bench/
     python bench.py run=asr                   another run
     python bench.py score=FILE.jsonl suite=tiny         score rows that are answered already, of any system
+    python bench.py score=FILE.jsonl suite=closed       answers to SpeechInstructBench itself; official=true as officially
 
 Every figure is computed from answers.jsonl alone by `score_rows`, the function behind `score=`.
 """
@@ -615,7 +616,8 @@ def vote_of(vote, suite: str) -> list[str] | None:
     vote = parsed(vote)
     if suite == "adjustment":
         vote = [vote.get(name) for name in JUDGED] if isinstance(vote, dict) else None
-    words = [str(word).strip().upper() for word in (vote if isinstance(vote, list) else [])]
+    vote = vote if isinstance(vote, list) else []
+    words = ["YES" if word is True else "NO" if word is False else str(word).strip().upper() for word in vote]
     return words if words and set(words) <= {"YES", "NO"} else None
 
 
@@ -627,7 +629,7 @@ def judged_verdicts(row: dict, suite: str, official: bool) -> dict:
     Without a response every question is NO; the official code leaves the row out.
     """
     raw, questions = parsed(row.get("pred_score")), parsed(row.get("decomposed_questions"))
-    raw = raw if isinstance(raw, list) else [] if row.get("pred_score") is None else [raw]
+    raw = raw if isinstance(raw, list) and not vote_of(raw, suite) else [] if row.get("pred_score") is None else [raw]
     questions = JUDGED if suite == "adjustment" else questions if isinstance(questions, list) and not official else ()
     if row.get("response") is None:
         return row | dict(majority=[] if official else [False] * max(1, len(questions)), votes=0, malformed=0, ties=0)

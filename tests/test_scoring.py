@@ -172,7 +172,7 @@ def test_what_the_official_code_leaves_to_chance_is_not_scorable():
             ("length_constraints:number_words", {"num_words": 0, "relation": AT_LEAST}),
             ("length_constraints:number_words", {"num_words": -1, "relation": AT_LEAST}),
             ("keywords:existence", {"keywords": []}), ("startend:end_checker", {"end_phrase": ""}),
-            ("keywords:existence", {"keywords": ["C++ (new"]}),
+            ("keywords:existence", {"keywords": ["new ("]}),
             ("length_constraints:nth_paragraph_first_word", {"num_paragraphs": 1, "nth_paragraph": 2, "first_word": "a"}),
             ("language:response_language", {"language": "zh"})]:
         assert official(name, **kwargs) == [None, None], name
@@ -196,8 +196,7 @@ def test_what_the_official_code_leaves_to_chance_is_not_scorable():
     ("The cat is sleeping on the warm window.", "language:response_language", {"language": "zh"}, None, False),
     # words are patterns
     ("what a day", "keywords:existence", {"keywords": ["d.y"]}, True, False),
-    ("C++ it is", "keywords:existence", {"keywords": ["C++"]}, True, True),
-    ("I like C", "keywords:existence", {"keywords": ["C++"]}, True, False),
+    ("what a d.y", "keywords:existence", {"keywords": ["d.y"]}, True, True),
     ("(a) b", "keywords:frequency", {"keyword": "(a", "frequency": 1, "relation": AT_LEAST}, None, True),
     ("P.S 1 PxS 2", "detectable_format:multiple_sections", {"section_spliter": "P.S", "num_sections": 2}, True, False)])
 def test_mended_faults(response, name, kwargs, official, default):
@@ -411,6 +410,8 @@ def adjusted(*votes, **more):
     (["['YES', 'YES']", "['YES']", "I think YES", "{}", "['MAYBE', 'YES']", 3, None, "[]"], [True, True], 7, 0, [True, True]),
     (["['YES', 'YES', 'YES']", "['NO', 'NO']"], [False, False], 1, 0, [True, True, True]),       # the longest, officially
     ("[\"['YES', 'YES']\"]", [True, True], 0, 0, [True, True]), ('[["YES", "NO"], ["YES", "NO"]]', [True, False], 0, 0, [True, False]),
+    (["YES", "NO"], [True, False], 0, 0, [True, False]), ("['YES', 'NO']", [True, False], 0, 0, [True, False]),      # a single vote
+    ([True, False], [True, False], 0, 0, [True, False]),                                  # as bench.py itself writes it
     ("nonsense", [], 1, 0, []), ([], [], 0, 0, []), (None, [], 0, 0, [])])
 def test_open_votes(votes, majority, malformed, ties, official):
     found = bench.judged_verdicts(judged(votes), "open", False)
