@@ -103,7 +103,7 @@ def ends_sentence(mark: re.Match) -> bool:
 def sentence_count(text: str) -> int:
     """Sentences: between 。！ and ？ as soon as one character is Chinese, else as nltk's model or our rule finds them.
 
-    >>> sentence_count("Dr. Mo is in. Is he? 3.5 e.g. is no end...")
+    >>> sentence_count("Dr. Mo is in. Is he? Yes, since 3.5 hours.")
     3
     """
     if re.search(CHINESE, text):
@@ -122,7 +122,7 @@ def capital_words(text: str) -> int:
     """Words in capitals, cut up as the Penn Treebank does: "CAN'T STOP" has three, CA, N'T and STOP."""
     if punkt():
         return sum(word.isupper() for word in punkt().word_tokenize(text))
-    pieces = re.split(r"""[\s;@#$%&?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""", CONTRACTION.sub(" ", text))
+    pieces = re.split(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""", CONTRACTION.sub(" ", text))
     return sum(piece.isupper() for piece in pieces)
 
 
@@ -627,6 +627,11 @@ def judged_verdicts(row: dict, suite: str, official: bool) -> dict:
     YES needs more than half of the well-formed votes, so a tie is NO; in the official code the first vote decides it. A
     vote of the wrong length is malformed; where the number of questions is not known, that of the longest vote is right.
     Without a response every question is NO; the official code leaves the row out.
+
+    >>> votes = ["['YES', 'NO']", "['YES', 'YES']", "['NO', 'NO']", "I would say YES"]
+    >>> row = judged_verdicts({"response": "a", "pred_score": votes}, "open", False)
+    >>> row["majority"], row["malformed"]
+    ([True, False], 1)
     """
     raw, questions = parsed(row.get("pred_score")), parsed(row.get("decomposed_questions"))
     raw = raw if isinstance(raw, list) and not vote_of(raw, suite) else [] if row.get("pred_score") is None else [raw]

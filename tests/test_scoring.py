@@ -1,4 +1,5 @@
 """Scoring SpeechInstructBench: every check in both languages, the official verdicts, mended faults, figures, bad input."""
+import doctest
 import gzip
 import json
 import os
@@ -129,6 +130,17 @@ def test_loose_forgives_first_and_last_line_and_asterisks():
 def test_rule_of_sentences(monkeypatch, text, count):
     monkeypatch.setattr(bench, "punkt", lambda: None)
     assert bench.sentence_count(text) == count
+
+
+@pytest.mark.parametrize("text, count", [
+    ("I CAN'T STOP", 4), ("the CAT'S HAT, DON’T", 5), ("CANNOT", 2), ("AT&T E-MAIL X/Y", 4), ("U.S. (A) [B] A:B", 5),
+    ("AT 5PM 12", 2), ("TV's", 1), ("苹果 iPhone", 0), ("WAIT...WHAT--NO", 3)])
+def test_words_in_capitals(tokenizer, text, count):
+    assert bench.capital_words(text) == count
+
+
+def test_examples_in_the_docstrings(tokenizer):
+    assert doctest.testmod(bench).failed == 0
 
 
 # --- The official verdicts ---
@@ -377,6 +389,15 @@ def test_two_systems(tmp_path, capsys):
     assert "a.jsonl" in (out := capsys.readouterr().out) and "b.jsonl" in out and "difference" in out
     _, results = score(f"{paths[0]},{paths[0]}")
     assert results["difference"]["strict-prompt"] == 0 and results["difference"]["interval"]["strict-prompt"] == [0, 0]
+
+
+def test_a_comparison_keeps_each_system_s_own_denominator(tmp_path):
+    rows = [row(i, "a b" if i % 4 else "a, b", NO_COMMA) for i in range(40)]
+    half = [r | {"response": None if i % 2 else r["response"]} for i, r in enumerate(rows)]
+    paths = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", half)
+    assert score(f"{paths[0]},{paths[1]}")[1]["difference"]["strict-prompt"] == 3 / 4 - 1 / 4
+    gap = score(f"{paths[0]},{paths[1]}", "official=true")[1]["difference"]
+    assert gap["strict-prompt"] == 3 / 4 - 1 / 2 and gap["coverage"] == 1 / 2
 
 
 @pytest.mark.parametrize("change, sentence", [
