@@ -62,6 +62,12 @@ from transformers.audio_utils import mel_filter_bank
 import synth
 from synth import Config, UserError
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:               # it comes with torch on Linux; elsewhere attention is plain
+    triton = None
+
 RATE = synth.RATE                 # samples per second
 IGNORE = -100                     # label of a position without loss, as in PyTorch's cross_entropy
 
@@ -515,6 +521,7 @@ def log_mel(waveforms, n_mels, device=None):
 # `plain_attention` is the meaning; whatever is faster must compute exactly this. It sorts documents into
 # buckets of similar length, pads inside a bucket only (to its longest document, so at most twofold) and calls
 # torch's SDPA once per bucket. `tiles`, the index work, depends on cu_seqlens alone: all layers share it.
+# `fused_attention`, the kernel of section 12, takes its place on a GPU.
 # -----------------------------------------------------------------------------------------------------------
 
 def make_tiles(cu_seqlens, causal, device):
@@ -558,16 +565,24 @@ def plain_attention(q, k, v, cu_seqlens, causal, tiles=None):
     return torch.cat(outputs).index_select(0, back)
 
 
+def fused_here(device, head):
+    """Whether heads of this size are attended by `fused_attention` (section 12): on a GPU, or by Triton's interpreter."""
+    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return triton is not None and runs and head in HEAD_SIZES
+
+
 def attention(q, k, v, cu_seqlens, causal, tiles=None):
     """The one attention of encoder and LLM; arguments and result are those of `plain_attention`."""
-    return plain_attention(q, k, v, cu_seqlens, causal, tiles)
+    chosen = fused_attention if fused_here(q.device, q.shape[2]) else plain_attention
+    return chosen(q, k, v, cu_seqlens, causal, tiles)
 
 
-def packed_attend(cu_seqlens, causal, device):
-    """What a block calls as attend(q, k, v, layer) while training: every layer shares the pack's tiles."""
-    tiles = make_tiles(cu_seqlens, causal, device)
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-    return lambda q, k, v, layer: attention(q, k, v, cu_seqlens, causal, tiles)
+def packed_attend(cu_seqlens, causal, x, head):
+    """What a block calls as attend(q, k, v, layer) for packed x (T, d) and heads of size `head`: layers share the tiles."""
+    here = cu_seqlens.to(x.device, non_blocking=True)
+    fused = fused_here(x.device, head)
+    tiles = fused_tiles(here, causal, len(x)) if fused else make_tiles(cu_seqlens, causal, x.device)
+    return lambda q, k, v, layer: attention(q, k, v, here, causal, tiles)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -664,7 +679,8 @@ class Encoder(nn.Module):
         length = torch.tensor(self.lengths(samples))
         x = x + self.embed_positions(ragged(length)[1].to(device, non_blocking=True))
         cu_seqlens = F.pad(length.cumsum(0), (1, 0)).int()
-        x = run_blocks(self.layers, x, recompute, packed_attend(cu_seqlens, False, device))
+        attend = packed_attend(cu_seqlens, False, x, self.config.d_model // self.config.encoder_attention_heads)
+        x = run_blocks(self.layers, x, recompute, attend)
         owner, t = ragged(length // 2)                                         # an odd last output is dropped
         first = (cu_seqlens[owner] + 2 * t).to(device, non_blocking=True)
         return self.layer_norm((x.index_select(0, first) + x.index_select(0, first + 1)) / 2)
@@ -717,7 +733,7 @@ class LLM(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, self.head = c, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         layers = nn.ModuleList(LLMBlock(c, i) for i in range(c.num_hidden_layers))
         table, norm = nn.Embedding(c.vocab_size, c.hidden_size), nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.model = nn.ModuleDict({"embed_tokens": table, "layers": layers, "norm": norm})
@@ -725,7 +741,7 @@ class LLM(nn.Module):
 
     def forward(self, x, position_ids, attend, recompute):
         """Embeddings (T, d) -> hidden states (T, d), ready for lm_head."""
-        half = self.model.layers[0].head // 2
+        half = self.head // 2
         theta = self.config.rope_parameters["rope_theta"]
         # transformers' own rounding: a unit in the last place of a speed is 1e-4 radians at position 1000
         speed = 1 / theta ** (torch.arange(0, 2 * half, 2, device=x.device).float() / (2 * half))
@@ -799,7 +815,7 @@ class InSerter(nn.Module):
         """
         x = self.embed(ids, waveforms)
         positions = position_ids.to(x.device, non_blocking=True)
-        attend = packed_attend(cu_seqlens, True, x.device)
+        attend = packed_attend(cu_seqlens, True, x, self.language_model.head)
         return self.language_model(x, positions, attend, self.checkpoint_blocks)
 
     def losses(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk):
@@ -1035,12 +1051,12 @@ def read_prompts(model, prompts, room):
     lengths = torch.tensor([len(ids) for ids, _ in prompts])
     owner, offset = (x.to(device) for x in ragged(lengths))
     cache = Cache(lengths.to(device), int(lengths.max()) + room)
-    packed = packed_attend(F.pad(lengths.cumsum(0), (1, 0)).int(), True, device)
+    x = model.embed(torch.cat([ids for ids, _ in prompts]), [w for _, clips in prompts for w in clips])
+    packed = packed_attend(F.pad(lengths.cumsum(0), (1, 0)).int(), True, x, model.language_model.head)
 
     def attend(q, k, v, layer):
         cache.store(owner, offset, k, v, layer)
         return packed(q, k, v, layer)
-    x = model.embed(torch.cat([ids for ids, _ in prompts]), [w for _, clips in prompts for w in clips])
     return model.language_model(x, offset, attend, False)[lengths.cumsum(0).to(device) - 1], cache
 
 
@@ -1679,7 +1695,246 @@ def train(c: Config, arguments: list[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The command line
+# 12. The fused kernel: computes exactly `plain_attention`; skip on first reading
+#
+# Flash attention: a program holds a tile of query rows of one document and head, walks over the keys they
+# may see, and keeps a running maximum and sum, so scores never reach memory; `lse`, the logarithm of every
+# row's sum, is all the backward pass needs to make them again. That is two kernels without atomics, so the
+# same bits come out every time: `query_gradient` holds queries and walks over keys, `key_gradient` holds
+# keys and walks over queries. Work is the sum of squared document lengths; no program looks past its own.
+# Tensors reach a kernel as (pointer, stride of a position, stride of a head); rows count from a document's start.
+# --------------------------------------------------------------------------------------------------
+
+HEAD_SIZES = (16, 32, 64, 128)                                        # others take plain_attention
+TILE = 128                                                            # rows of an entry of the table of tiles
+compiled = triton.jit if triton else lambda function: function
+
+
+def fused_tiles(cu_seqlens, causal, positions):
+    """The kernels' table of tiles (n, 4) int32, the most work first, made on cu_seqlens' device without waiting for it.
+
+    A row is: first position and length of a document, the number of a tile in it, and that of the tile's mirror image.
+    A causal tile has as many keys to walk over as its mirror image has queries, so one order serves all kernels. n
+    is the most tiles there can be; surplus rows name a tile past their document's end, where programs leave at once.
+
+    >>> fused_tiles(torch.tensor([0, 300, 300, 310]), True, 310)[:4].tolist()
+    [[0, 300, 2, 0], [0, 300, 1, 1], [0, 300, 0, 2], [300, 10, 0, 0]]
+    """
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    counts = (lengths + TILE - 1) // TILE
+    ends, number = counts.cumsum(0), torch.arange(positions // TILE + len(lengths), device=cu_seqlens.device)
+    document = torch.searchsorted(ends, number, right=True).clamp(max=len(lengths) - 1)
+    count = counts[document]
+    index = torch.minimum(number - (ends - counts)[document], count)
+    mirror = torch.where(index < count, count - 1 - index, count)
+    work = torch.where(index < count, index + 1 if causal else count, 0)
+    table = torch.stack([starts[document], lengths[document], index, mirror], 1).int()
+    return table[work.argsort(descending=True, stable=True)]
+
+
+@compiled
+def place(tiles, column: tl.constexpr, ROWS: tl.constexpr):
+    """The program's document (first position, length) and its first row there; `column` 2: the tile, 3: its mirror image."""
+    parts: tl.constexpr = 128 // ROWS                                 # of a table's tile
+    entry = tiles + tl.program_id(1) // parts * 4
+    first = (tl.load(entry + column) * parts + tl.program_id(1) % parts) * ROWS
+    return tl.load(entry).to(tl.int64), tl.load(entry + 1), first
+
+
+@compiled
+def cells(x, start, head, rows, D: tl.constexpr):
+    """Pointers to rows of one head of a document: (rows, D)."""
+    return x[0] + start * x[1] + head * x[2] + rows[:, None] * x[1] + tl.arange(0, D)[None, :]
+
+
+@compiled
+def read(x, start, head, rows, length, D: tl.constexpr):
+    """Rows of one head of a document, zeros past its end: (rows, D)."""
+    return tl.load(cells(x, start, head, rows, D), mask=rows[:, None] < length, other=0.0)
+
+
+@compiled
+def write(x, start, head, rows, length, value, D: tl.constexpr):
+    tl.store(cells(x, start, head, rows, D), value.to(x[0].dtype.element_ty), mask=rows[:, None] < length)
+
+
+@compiled
+def dot(a, b, total=None):
+    return tl.dot(a, b, total, input_precision="ieee")                # or float32 would be rounded to 10 bits
+
+
+@compiled
+def scores(products, query, key, length, edge: tl.constexpr, causal: tl.constexpr, D: tl.constexpr):
+    """A tile's logits from products of queries and keys, in bits (2 ** x is cheaper than e ** x): scaled, and on an
+    edge -inf where a query may not look. Queries past the document's end see what they like: nothing reads them."""
+    if edge:
+        products = tl.where(key <= query if causal else key < length, products, float("-inf"))
+    return products * (1.4426950408889634 * D ** -0.5)
+
+
+@compiled
+def keys_seen(first, length, causal: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Of a tile of queries: all see the keys [0, full), whole steps of COLS; from there to `last` lies the edge."""
+    if causal:
+        full, last = first, tl.minimum(first + ROWS, length)
+    else:
+        full, last = length // COLS * COLS, length
+    return full, last
+
+
+@compiled
+def forward_kernel(q, k, v, out, lse, T, tiles, causal: tl.constexpr, group: tl.constexpr, D: tl.constexpr,
+                   ROWS: tl.constexpr, COLS: tl.constexpr):
+    start, length, first = place(tiles, 2, ROWS)
+    if first >= length:
+        return
+    head, rows = tl.program_id(0), first + tl.arange(0, ROWS)
+    queries = read(q, start, head, rows, length, D)
+    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    mean = tl.zeros([ROWS, D], tl.float32)                            # of values, not yet divided by `total`
+    full, last = keys_seen(first, length, causal, ROWS, COLS)
+    for edge in tl.static_range(2):
+        for col in range(full if edge else 0, last if edge else full, COLS):
+            cols = col + tl.arange(0, COLS)
+            keys = read(k, start, head // group, cols, length, D)
+            s = scores(dot(queries, keys.T), rows[:, None], cols[None, :], length, edge, causal, D)
+            higher = tl.maximum(top, tl.max(s, 1))                    # finite: every row sees the first key it meets
+            p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+            values = read(v, start, head // group, cols, length, D)
+            total, top = total * shrink + tl.sum(p, 1), higher
+            mean = dot(p.to(values.dtype), values, mean * shrink[:, None])
+    write(out, start, head, rows, length, mean / total[:, None], D)
+    tl.store(lse + head * T + start + rows, top + tl.log2(total), mask=rows < length)
+
+
+@compiled
+def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: tl.constexpr, group: tl.constexpr,
+                   D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Also writes delta = sum(out * dout) of each row, which `key_gradient` reads afterwards."""
+    start, length, first = place(tiles, 2, ROWS)
+    if first >= length:
+        return
+    head, rows = tl.program_id(0), first + tl.arange(0, ROWS)
+    queries, dmean = read(q, start, head, rows, length, D), read(dout, start, head, rows, length, D)
+    inner = tl.sum(read(out, start, head, rows, length, D).to(tl.float32) * dmean.to(tl.float32), 1)
+    tl.store(delta + head * T + start + rows, inner, mask=rows < length)
+    size = tl.load(lse + head * T + start + rows, mask=rows < length, other=0.0)
+    gradient = tl.zeros([ROWS, D], tl.float32)
+    full, last = keys_seen(first, length, causal, ROWS, COLS)
+    for edge in tl.static_range(2):
+        for col in range(full if edge else 0, last if edge else full, COLS):
+            cols = col + tl.arange(0, COLS)
+            keys = read(k, start, head // group, cols, length, D)
+            values = read(v, start, head // group, cols, length, D)
+            s = scores(dot(queries, keys.T), rows[:, None], cols[None, :], length, edge, causal, D)
+            ds = tl.exp2(s - size[:, None]) * (dot(dmean, values.T) - inner[:, None])
+            gradient = dot(ds.to(keys.dtype), keys, gradient)
+    write(dq, start, head, rows, length, gradient * D ** -0.5, D)
+
+
+@compiled
+def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: tl.constexpr, group: tl.constexpr,
+                 D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Tiles stand on their side here: rows are keys, columns queries. All query heads of a key's head add up."""
+    start, length, first = place(tiles, 3, ROWS)
+    if first >= length:
+        return
+    rows = first + tl.arange(0, ROWS)
+    keys = read(k, start, tl.program_id(0), rows, length, D)
+    values = read(v, start, tl.program_id(0), rows, length, D)
+    dkeys, dvalues = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
+    for head in range(tl.program_id(0) * group, (tl.program_id(0) + 1) * group):
+        for col in range(first if causal else 0, length, COLS):
+            cols = col + tl.arange(0, COLS)
+            queries, dmean = read(q, start, head, cols, length, D), read(dout, start, head, cols, length, D)
+            size = tl.load(lse + head * T + start + cols, mask=cols < length, other=0.0)
+            inner = tl.load(delta + head * T + start + cols, mask=cols < length, other=0.0)
+            s = scores(dot(keys, queries.T), cols[None, :], rows[:, None], length, causal, causal, D)
+            p = tl.exp2(s - size[None, :])
+            dvalues = dot(p.to(dmean.dtype), dmean, dvalues)
+            ds = p * (dot(values, dmean.T) - inner[None, :])
+            dkeys = dot(ds.to(queries.dtype), queries, dkeys)
+    write(dk, start, tl.program_id(0), rows, length, dkeys * D ** -0.5, D)
+    write(dv, start, tl.program_id(0), rows, length, dvalues, D)
+
+
+def tile_shape(kernel, D, dtype):
+    """(rows, columns, warps, loads in flight) of a kernel's tiles: as large as the registers of its warps hold."""
+    if dtype == torch.float32:                                        # no tensor cores; a dot's operands take registers too
+        return {forward_kernel: (32, 32, 8, 1), query_gradient: (16, 16, 8, 1), key_gradient: (32, 16, 4, 1)}[kernel]
+    if kernel is forward_kernel:                                      # scores and means; 4 warps wait less for each other
+        return TILE, 64, 4 if D < 128 else 8, 3
+    if kernel is query_gradient:                                      # a second tile of scores, and `dout`
+        return TILE, 64, 8, 2
+    return TILE, 64 if D < 128 else 32, 8, 2                          # two gradients are held
+
+
+def launch(kernel, tiles, causal, q, k, *others):
+    """Programs for every tile and head; the heads of one tile stand together, so that the longest come first."""
+    rows, cols, warps, stages = tile_shape(kernel, q.shape[2], q.dtype)
+    heads = k.shape[1] if kernel is key_gradient else q.shape[1]
+    tensors = [(x, x.stride(0), x.stride(1)) if x.dim() == 3 else x for x in (q, k, *others)]
+    kernel[heads, len(tiles) * (TILE // rows)](*tensors, len(q), tiles, causal, q.shape[1] // k.shape[1], q.shape[2], rows, cols,
+                                               num_warps=warps, num_stages=stages)
+
+
+@torch.library.custom_op("inserter::attention", mutates_args=())
+def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor,
+                 causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = empty_output(q, k, v, tiles, causal)
+    launch(forward_kernel, tiles, causal, q, k, v, out, lse)
+    return out, lse
+
+
+@attention_op.register_fake
+def empty_output(q, k, v, tiles, causal):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("inserter::attention_backward", mutates_args=())
+def gradient_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor,
+                tiles: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = empty_gradients(q, k, v)
+    delta = torch.empty_like(lse)
+    launch(query_gradient, tiles, causal, q, k, v, out, dout, dq, lse, delta)
+    launch(key_gradient, tiles, causal, q, k, v, dout, dk, dv, lse, delta)
+    return dq, dk, dv
+
+
+@gradient_op.register_fake
+def empty_gradients(q, k, v, *others):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.causal = inputs[4]
+
+
+def run_backward(ctx, dout, _):
+    q, k, v, tiles, out, lse = ctx.saved_tensors
+    return *gradient_op(q, k, v, out, lse, dout.contiguous(), tiles, ctx.causal), None, None
+
+
+attention_op.register_autograd(run_backward, setup_context=keep_for_backward)
+
+
+def fused_attention(q, k, v, cu_seqlens, causal, tiles=None):
+    """Arguments and result are those of `plain_attention`; tiles: fused_tiles' result, shared by layers.
+
+    D is one of HEAD_SIZES; bfloat16 and float16 are added up in float32, and float32 is computed as such. The last
+    dimension is contiguous or copied; positions and heads may lie at any strides.
+    """
+    if torch.is_autocast_enabled(q.device.type):                      # which does not know operators of our own
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if tiles is None:
+        tiles = fused_tiles(cu_seqlens.to(q.device, non_blocking=True), causal, len(q))
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    return attention_op(q, k, v, tiles, causal)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. The command line
 # --------------------------------------------------------------------------------------------------
 
 def main(arguments: list[str]) -> None:
