@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -1735,7 +1735,7 @@ def fused_tiles(cu_seqlens, causal, positions):
 @compiled
 def place(tiles, column: tl.constexpr, ROWS: tl.constexpr):
     """The program's document (first position, length) and its first row there; `column` 2: the tile, 3: its mirror image."""
-    parts: tl.constexpr = 128 // ROWS                                 # of a table's tile
+    parts: tl.constexpr = 128 // ROWS                                 # programs that share a TILE
     entry = tiles + tl.program_id(1) // parts * 4
     first = (tl.load(entry + column) * parts + tl.program_id(1) % parts) * ROWS
     return tl.load(entry).to(tl.int64), tl.load(entry + 1), first
@@ -1754,18 +1754,13 @@ def read(x, start, head, rows, length, D: tl.constexpr):
 
 
 @compiled
-def write(x, start, head, rows, length, value, D: tl.constexpr):
-    tl.store(cells(x, start, head, rows, D), value.to(x[0].dtype.element_ty), mask=rows[:, None] < length)
-
-
-@compiled
 def dot(a, b, total=None):
     return tl.dot(a, b, total, input_precision="ieee")                # or float32 would be rounded to 10 bits
 
 
 @compiled
 def scores(products, query, key, length, edge: tl.constexpr, causal: tl.constexpr, D: tl.constexpr):
-    """A tile's logits from products of queries and keys, in bits (2 ** x is cheaper than e ** x): scaled, and on an
+    """A tile's logits from products of queries and keys: scaled, in bits (2 ** x is cheaper than e ** x), and on an
     edge -inf where a query may not look. Queries past the document's end see what they like: nothing reads them."""
     if edge:
         products = tl.where(key <= query if causal else key < length, products, float("-inf"))
@@ -1774,12 +1769,21 @@ def scores(products, query, key, length, edge: tl.constexpr, causal: tl.constexp
 
 @compiled
 def keys_seen(first, length, causal: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Of a tile of queries: all see the keys [0, full), whole steps of COLS; from there to `last` lies the edge."""
-    if causal:
-        full, last = first, tl.minimum(first + ROWS, length)
+    """Of a tile of queries: all see the keys [0, full), whole steps of COLS; from there to the second lies the edge."""
+    full = first if causal else length // COLS * COLS
+    return full, tl.minimum(first + ROWS, length) if causal else length
+
+
+@compiled
+def row_products(a, b, ROWS: tl.constexpr):
+    """Sum of a * b along each row. In float32 it is summed as `dot` sums, for in a query that sees one key it has to cancel
+    against such a sum exactly: its gradient is zero."""
+    if a.dtype == tl.float32:
+        diagonal = tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :]
+        result = tl.sum(tl.where(diagonal, dot(a, b.T), 0.0), 1)
     else:
-        full, last = length // COLS * COLS, length
-    return full, last
+        result = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    return result
 
 
 @compiled
@@ -1789,9 +1793,8 @@ def forward_kernel(q, k, v, out, lse, T, tiles, causal: tl.constexpr, group: tl.
     if first >= length:
         return
     head, rows = tl.program_id(0), first + tl.arange(0, ROWS)
-    queries = read(q, start, head, rows, length, D)
+    queries, mean = read(q, start, head, rows, length, D), tl.zeros([ROWS, D], tl.float32)     # not yet divided by `total`
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    mean = tl.zeros([ROWS, D], tl.float32)                            # of values, not yet divided by `total`
     full, last = keys_seen(first, length, causal, ROWS, COLS)
     for edge in tl.static_range(2):
         for col in range(full if edge else 0, last if edge else full, COLS):
@@ -1803,7 +1806,7 @@ def forward_kernel(q, k, v, out, lse, T, tiles, causal: tl.constexpr, group: tl.
             values = read(v, start, head // group, cols, length, D)
             total, top = total * shrink + tl.sum(p, 1), higher
             mean = dot(p.to(values.dtype), values, mean * shrink[:, None])
-    write(out, start, head, rows, length, mean / total[:, None], D)
+    tl.store(cells(out, start, head, rows, D), mean / total[:, None], mask=rows[:, None] < length)
     tl.store(lse + head * T + start + rows, top + tl.log2(total), mask=rows < length)
 
 
@@ -1816,7 +1819,7 @@ def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: tl.cons
         return
     head, rows = tl.program_id(0), first + tl.arange(0, ROWS)
     queries, dmean = read(q, start, head, rows, length, D), read(dout, start, head, rows, length, D)
-    inner = tl.sum(read(out, start, head, rows, length, D).to(tl.float32) * dmean.to(tl.float32), 1)
+    inner = row_products(dmean, read(out, start, head, rows, length, D), ROWS)
     tl.store(delta + head * T + start + rows, inner, mask=rows < length)
     size = tl.load(lse + head * T + start + rows, mask=rows < length, other=0.0)
     gradient = tl.zeros([ROWS, D], tl.float32)
@@ -1824,26 +1827,24 @@ def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: tl.cons
     for edge in tl.static_range(2):
         for col in range(full if edge else 0, last if edge else full, COLS):
             cols = col + tl.arange(0, COLS)
-            keys = read(k, start, head // group, cols, length, D)
-            values = read(v, start, head // group, cols, length, D)
+            keys, values = read(k, start, head // group, cols, length, D), read(v, start, head // group, cols, length, D)
             s = scores(dot(queries, keys.T), rows[:, None], cols[None, :], length, edge, causal, D)
             ds = tl.exp2(s - size[:, None]) * (dot(dmean, values.T) - inner[:, None])
             gradient = dot(ds.to(keys.dtype), keys, gradient)
-    write(dq, start, head, rows, length, gradient * D ** -0.5, D)
+    tl.store(cells(dq, start, head, rows, D), gradient * D ** -0.5, mask=rows[:, None] < length)
 
 
 @compiled
 def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: tl.constexpr, group: tl.constexpr,
                  D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Tiles stand on their side here: rows are keys, columns queries. All query heads of a key's head add up."""
+    """Tiles stand on their side here: rows are keys, columns queries. The query heads of a key's head add up."""
     start, length, first = place(tiles, 3, ROWS)
     if first >= length:
         return
-    rows = first + tl.arange(0, ROWS)
-    keys = read(k, start, tl.program_id(0), rows, length, D)
-    values = read(v, start, tl.program_id(0), rows, length, D)
+    home, rows = tl.program_id(0), first + tl.arange(0, ROWS)
+    keys, values = read(k, start, home, rows, length, D), read(v, start, home, rows, length, D)
     dkeys, dvalues = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
-    for head in range(tl.program_id(0) * group, (tl.program_id(0) + 1) * group):
+    for head in range(home * group, (home + 1) * group):
         for col in range(first if causal else 0, length, COLS):
             cols = col + tl.arange(0, COLS)
             queries, dmean = read(q, start, head, cols, length, D), read(dout, start, head, cols, length, D)
@@ -1854,33 +1855,29 @@ def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: tl.constex
             dvalues = dot(p.to(dmean.dtype), dmean, dvalues)
             ds = p * (dot(values, dmean.T) - inner[None, :])
             dkeys = dot(ds.to(queries.dtype), queries, dkeys)
-    write(dk, start, tl.program_id(0), rows, length, dkeys * D ** -0.5, D)
-    write(dv, start, tl.program_id(0), rows, length, dvalues, D)
+    tl.store(cells(dk, start, home, rows, D), dkeys * D ** -0.5, mask=rows[:, None] < length)
+    tl.store(cells(dv, start, home, rows, D), dvalues, mask=rows[:, None] < length)
 
 
 def tile_shape(kernel, D, dtype):
     """(rows, columns, warps, loads in flight) of a kernel's tiles: as large as the registers of its warps hold."""
     if dtype == torch.float32:                                        # no tensor cores; a dot's operands take registers too
         return {forward_kernel: (32, 32, 8, 1), query_gradient: (16, 16, 8, 1), key_gradient: (32, 16, 4, 1)}[kernel]
-    if kernel is forward_kernel:                                      # scores and means; 4 warps wait less for each other
-        return TILE, 64, 4 if D < 128 else 8, 3
-    if kernel is query_gradient:                                      # a second tile of scores, and `dout`
-        return TILE, 64, 8, 2
-    return TILE, 64 if D < 128 else 32, 8, 2                          # two gradients are held
+    return {forward_kernel: (TILE, 64, 4 if D < 128 else 8, 3),       # four warps wait less for each other than eight
+            query_gradient: (TILE, 64, 8, 2),                         # holds a second tile of scores
+            key_gradient: (TILE, 64 if D < 128 else 32, 8, 2)}[kernel]                         # and two gradients
 
 
 def launch(kernel, tiles, causal, q, k, *others):
     """Programs for every tile and head; the heads of one tile stand together, so that the longest come first."""
     rows, cols, warps, stages = tile_shape(kernel, q.shape[2], q.dtype)
-    heads = k.shape[1] if kernel is key_gradient else q.shape[1]
     tensors = [(x, x.stride(0), x.stride(1)) if x.dim() == 3 else x for x in (q, k, *others)]
-    kernel[heads, len(tiles) * (TILE // rows)](*tensors, len(q), tiles, causal, q.shape[1] // k.shape[1], q.shape[2], rows, cols,
-                                               num_warps=warps, num_stages=stages)
+    grid = (k if kernel is key_gradient else q).shape[1], len(tiles) * (TILE // rows)
+    kernel[grid](*tensors, len(q), tiles, causal, q.shape[1] // k.shape[1], q.shape[2], rows, cols, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("inserter::attention", mutates_args=())
-def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor,
-                 causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     out, lse = empty_output(q, k, v, tiles, causal)
     launch(forward_kernel, tiles, causal, q, k, v, out, lse)
     return out, lse
@@ -1892,10 +1889,9 @@ def empty_output(q, k, v, tiles, causal):
 
 
 @torch.library.custom_op("inserter::attention_backward", mutates_args=())
-def gradient_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, dout: torch.Tensor,
-                tiles: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, dk, dv = empty_gradients(q, k, v)
-    delta = torch.empty_like(lse)
+def gradient_op(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, tiles: Tensor,
+                causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (dq, dk, dv), delta = empty_gradients(q, k, v), torch.empty_like(lse)
     launch(query_gradient, tiles, causal, q, k, v, out, dout, dq, lse, delta)
     launch(key_gradient, tiles, causal, q, k, v, dout, dk, dv, lse, delta)
     return dq, dk, dv
@@ -1907,13 +1903,13 @@ def empty_gradients(q, k, v, *others):
 
 
 def keep_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
     ctx.causal = inputs[4]
 
 
 def run_backward(ctx, dout, _):
-    q, k, v, tiles, out, lse = ctx.saved_tensors
-    return *gradient_op(q, k, v, out, lse, dout.contiguous(), tiles, ctx.causal), None, None
+    *kept, tiles = ctx.saved_tensors
+    return *gradient_op(*kept, dout.contiguous(), tiles, ctx.causal), None, None
 
 
 attention_op.register_autograd(run_backward, setup_context=keep_for_backward)
@@ -1923,14 +1919,13 @@ def fused_attention(q, k, v, cu_seqlens, causal, tiles=None):
     """Arguments and result are those of `plain_attention`; tiles: fused_tiles' result, shared by layers.
 
     D is one of HEAD_SIZES; bfloat16 and float16 are added up in float32, and float32 is computed as such. The last
-    dimension is contiguous or copied; positions and heads may lie at any strides.
+    dimension is contiguous, or copied; positions and heads may lie at any strides.
     """
     if torch.is_autocast_enabled(q.device.type):                      # which does not know operators of our own
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if tiles is None:
         tiles = fused_tiles(cu_seqlens.to(q.device, non_blocking=True), causal, len(q))
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    return attention_op(q, k, v, tiles, causal)[0]
+    return attention_op(*(x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v)), tiles, causal)[0]
 
 
 # --------------------------------------------------------------------------------------------------
