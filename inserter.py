@@ -65,6 +65,7 @@ from synth import Config, UserError
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ImportError:               # it comes with torch on Linux; elsewhere attention is plain
     triton = None
 
@@ -1293,16 +1294,14 @@ def replace_folder(aside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
 def writing(folder: Path):
     """Context in which a full disk becomes one sentence and what was finished before is kept."""
-    @contextlib.contextmanager
-    def guard():
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder} could not be written ({error}); make room, then start the same command again: it "
-                            "continues from the state before.") from None
-    return guard()
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} could not be written ({error}); make room, then start the same command again: it continues "
+                        "from the state before.") from None
 
 
 def save_state(c: Config, model: InSerter, optimizers: list, where: dict) -> None:
@@ -1533,14 +1532,12 @@ def save_run(c: Config, model: InSerter, tok: Tokenizer, optimizers: list, at: P
 
 def restore_slots(model: InSerter, optimizers: list, slots: dict[str, torch.Tensor]) -> None:
     """Put saved optimizer slots back. AdamW keeps its step on the CPU unless it is fused on a GPU."""
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                for key, value in slots.items():
-                    _, slot, name = key.split(".", 2)
-                    if name == names[p]:
-                        optimizer.state[p][slot] = value.to(p.device)
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    for key, value in slots.items():
+        _, slot, name = key.split(".", 2)
+        if (p := named[name]) in owner:
+            owner[p].state[p][slot] = value.to(p.device)
 
 
 class Log:
@@ -1733,22 +1730,22 @@ def fused_tiles(cu_seqlens, causal, positions):
 
 
 @compiled
-def place(tiles, column: tl.constexpr, ROWS: tl.constexpr):
+def place(tiles, column: constexpr, ROWS: constexpr):
     """The program's document (first position, length) and its first row there; `column` 2: the tile, 3: its mirror image."""
-    parts: tl.constexpr = 128 // ROWS                                 # programs that share a TILE
+    parts: constexpr = 128 // ROWS                                    # programs that share a TILE
     entry = tiles + tl.program_id(1) // parts * 4
     first = (tl.load(entry + column) * parts + tl.program_id(1) % parts) * ROWS
     return tl.load(entry).to(tl.int64), tl.load(entry + 1), first
 
 
 @compiled
-def cells(x, start, head, rows, D: tl.constexpr):
+def cells(x, start, head, rows, D: constexpr):
     """Pointers to rows of one head of a document: (rows, D)."""
     return x[0] + start * x[1] + head * x[2] + rows[:, None] * x[1] + tl.arange(0, D)[None, :]
 
 
 @compiled
-def read(x, start, head, rows, length, D: tl.constexpr):
+def read(x, start, head, rows, length, D: constexpr):
     """Rows of one head of a document, zeros past its end: (rows, D)."""
     return tl.load(cells(x, start, head, rows, D), mask=rows[:, None] < length, other=0.0)
 
@@ -1759,7 +1756,7 @@ def dot(a, b, total=None):
 
 
 @compiled
-def scores(products, query, key, length, edge: tl.constexpr, causal: tl.constexpr, D: tl.constexpr):
+def scores(products, query, key, length, edge: constexpr, causal: constexpr, D: constexpr):
     """A tile's logits from products of queries and keys: scaled, in bits (2 ** x is cheaper than e ** x), and on an
     edge -inf where a query may not look. Queries past the document's end see what they like: nothing reads them."""
     if edge:
@@ -1768,14 +1765,7 @@ def scores(products, query, key, length, edge: tl.constexpr, causal: tl.constexp
 
 
 @compiled
-def keys_seen(first, length, causal: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Of a tile of queries: all see the keys [0, full), whole steps of COLS; from there to the second lies the edge."""
-    full = first if causal else length // COLS * COLS
-    return full, tl.minimum(first + ROWS, length) if causal else length
-
-
-@compiled
-def row_products(a, b, ROWS: tl.constexpr):
+def row_products(a, b, ROWS: constexpr):
     """Sum of a * b along each row. In float32 it is summed as `dot` sums, for in a query that sees one key it has to cancel
     against such a sum exactly: its gradient is zero."""
     if a.dtype == tl.float32:
@@ -1787,15 +1777,16 @@ def row_products(a, b, ROWS: tl.constexpr):
 
 
 @compiled
-def forward_kernel(q, k, v, out, lse, T, tiles, causal: tl.constexpr, group: tl.constexpr, D: tl.constexpr,
-                   ROWS: tl.constexpr, COLS: tl.constexpr):
+def forward_kernel(q, k, v, out, lse, T, tiles, causal: constexpr, group: constexpr, D: constexpr,
+                   ROWS: constexpr, COLS: constexpr):
     start, length, first = place(tiles, 2, ROWS)
     if first >= length:
         return
     head, rows = tl.program_id(0), first + tl.arange(0, ROWS)
     queries, mean = read(q, start, head, rows, length, D), tl.zeros([ROWS, D], tl.float32)     # not yet divided by `total`
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    full, last = keys_seen(first, length, causal, ROWS, COLS)
+    last = tl.minimum(first + ROWS, length) if causal else length
+    full = first if causal else length // COLS * COLS                 # every query sees the keys before: no mask there
     for edge in tl.static_range(2):
         for col in range(full if edge else 0, last if edge else full, COLS):
             cols = col + tl.arange(0, COLS)
@@ -1811,8 +1802,8 @@ def forward_kernel(q, k, v, out, lse, T, tiles, causal: tl.constexpr, group: tl.
 
 
 @compiled
-def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: tl.constexpr, group: tl.constexpr,
-                   D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: constexpr, group: constexpr, D: constexpr,
+                   ROWS: constexpr, COLS: constexpr):
     """Also writes delta = sum(out * dout) of each row, which `key_gradient` reads afterwards."""
     start, length, first = place(tiles, 2, ROWS)
     if first >= length:
@@ -1823,20 +1814,18 @@ def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: tl.cons
     tl.store(delta + head * T + start + rows, inner, mask=rows < length)
     size = tl.load(lse + head * T + start + rows, mask=rows < length, other=0.0)
     gradient = tl.zeros([ROWS, D], tl.float32)
-    full, last = keys_seen(first, length, causal, ROWS, COLS)
-    for edge in tl.static_range(2):
-        for col in range(full if edge else 0, last if edge else full, COLS):
-            cols = col + tl.arange(0, COLS)
-            keys, values = read(k, start, head // group, cols, length, D), read(v, start, head // group, cols, length, D)
-            s = scores(dot(queries, keys.T), rows[:, None], cols[None, :], length, edge, causal, D)
-            ds = tl.exp2(s - size[:, None]) * (dot(dmean, values.T) - inner[:, None])
-            gradient = dot(ds.to(keys.dtype), keys, gradient)
+    for col in range(0, tl.minimum(first + ROWS, length) if causal else length, COLS):
+        cols = col + tl.arange(0, COLS)
+        keys, values = read(k, start, head // group, cols, length, D), read(v, start, head // group, cols, length, D)
+        s = scores(dot(queries, keys.T), rows[:, None], cols[None, :], length, True, causal, D)
+        ds = tl.exp2(s - size[:, None]) * (dot(dmean, values.T) - inner[:, None])
+        gradient = dot(ds.to(keys.dtype), keys, gradient)
     tl.store(cells(dq, start, head, rows, D), gradient * D ** -0.5, mask=rows[:, None] < length)
 
 
 @compiled
-def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: tl.constexpr, group: tl.constexpr,
-                 D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: constexpr, group: constexpr, D: constexpr,
+                 ROWS: constexpr, COLS: constexpr):
     """Tiles stand on their side here: rows are keys, columns queries. The query heads of a key's head add up."""
     start, length, first = place(tiles, 3, ROWS)
     if first >= length:
