@@ -416,6 +416,7 @@ def batch_of(packs: list[Pack]) -> dict:
     for n in ends:
         starts.append(starts[-1] + n)
     bounds = [start + b for p, start in zip(packs, starts) for b in p.cu_seqlens[:-1]] + [starts[-1]]
+    bounds += bounds[-1:] * (-len(bounds) % 64)                       # empty documents: few shapes, so few compilations
     return {"ids": torch.cat([p.ids for p in packs]), "labels": torch.cat([p.labels for p in packs]),
             "position_ids": torch.cat([p.position_ids for p in packs]),
             "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
@@ -545,8 +546,7 @@ def make_tiles(cu_seqlens, causal, device):
         back[rows[real]] = filled + real.flatten().nonzero()[:, 0]
         filled += rows.numel()
         masked = not causal and not real.all()      # causal needs none: padding is last, where no query looks
-        mask = real[:, None, None].to(device) if masked else None
-        blocks.append((rows.flatten().to(device), len(rows), mask))
+        blocks.append((rows.flatten().to(device), len(rows), real[:, None, None].to(device) if masked else None))
     return blocks, back.to(device)
 
 
@@ -568,21 +568,18 @@ def plain_attention(q, k, v, cu_seqlens, causal, tiles=None):
 
 def fused_here(device, head):
     """Whether heads of this size are attended by `fused_attention` (section 12): on a GPU, or by Triton's interpreter."""
-    runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return triton is not None and runs and head in HEAD_SIZES
+    return triton is not None and head in HEAD_SIZES and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def attention(q, k, v, cu_seqlens, causal, tiles=None):
     """The one attention of encoder and LLM; arguments and result are those of `plain_attention`."""
-    chosen = fused_attention if fused_here(q.device, q.shape[2]) else plain_attention
-    return chosen(q, k, v, cu_seqlens, causal, tiles)
+    return (fused_attention if fused_here(q.device, q.shape[2]) else plain_attention)(q, k, v, cu_seqlens, causal, tiles)
 
 
 def packed_attend(cu_seqlens, causal, x, head):
     """What a block calls as attend(q, k, v, layer) for packed x (T, d) and heads of size `head`: layers share the tiles."""
     here = cu_seqlens.to(x.device, non_blocking=True)
-    fused = fused_here(x.device, head)
-    tiles = fused_tiles(here, causal, len(x)) if fused else make_tiles(cu_seqlens, causal, x.device)
+    tiles = fused_tiles(here, causal, len(x)) if fused_here(x.device, head) else make_tiles(cu_seqlens, causal, x.device)
     return lambda q, k, v, layer: attention(q, k, v, here, causal, tiles)
 
 
@@ -642,7 +639,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, self.head = c, c.d_model // c.encoder_attention_heads
         self.conv1, self.conv2 = nn.Conv1d(c.num_mel_bins, c.d_model, 3), nn.Conv1d(c.d_model, c.d_model, 3)
         self.embed_positions = nn.Embedding(c.max_source_positions, c.d_model)
         self.embed_positions.requires_grad_(False)                                # sinusoids, never trained
@@ -679,9 +676,9 @@ class Encoder(nn.Module):
         x = self.convolutions(log_mel(waveforms, self.config.num_mel_bins, device), samples)  # (sum of L, d)
         length = torch.tensor(self.lengths(samples))
         x = x + self.embed_positions(ragged(length)[1].to(device, non_blocking=True))
-        cu_seqlens = F.pad(length.cumsum(0), (1, 0)).int()
-        attend = packed_attend(cu_seqlens, False, x, self.config.d_model // self.config.encoder_attention_heads)
-        x = run_blocks(self.layers, x, recompute, attend)
+        cu_seqlens, x = F.pad(length.cumsum(0), (1, 0)).int(), F.pad(x, (0, 0, 0, -len(x) % 16))
+        ends = F.pad(cu_seqlens, (0, 1), value=len(x))                         # a clip nobody hears rounds up: few shapes
+        x = run_blocks(self.layers, x, recompute, packed_attend(ends, False, x, self.head))
         owner, t = ragged(length // 2)                                         # an odd last output is dropped
         first = (cu_seqlens[owner] + 2 * t).to(device, non_blocking=True)
         return self.layer_norm((x.index_select(0, first) + x.index_select(0, first + 1)) / 2)
@@ -815,9 +812,8 @@ class InSerter(nn.Module):
         int32 from 0 to T; waveforms: the clips of the whole pack in order.  -> (T, d)
         """
         x = self.embed(ids, waveforms)
-        positions = position_ids.to(x.device, non_blocking=True)
         attend = packed_attend(cu_seqlens, True, x, self.language_model.head)
-        return self.language_model(x, positions, attend, self.checkpoint_blocks)
+        return self.language_model(x, position_ids.to(x.device, non_blocking=True), attend, self.checkpoint_blocks)
 
     def losses(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk):
         """Nats of every supervised position, in order: (number of labels that are not -100,) float32."""
@@ -1208,9 +1204,8 @@ def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
     model.eval()
     sources = {name: dev_samples(c, name, c.train.eval_samples)[rank::world] for name in ("interleaved", "text", "chat")}
     for at in range(0, c.train.eval_samples, 16):
-        batch = [(*after_speech(sample), clips) for sample, clips in sources["interleaved"][at:at + 16]]
-        batch = [(sample, n, clips) for sample, n, clips in batch if n]
-        if batch:
+        continued = ((*after_speech(sample), clips) for sample, clips in sources["interleaved"][at:at + 16])
+        if batch := [(sample, n, clips) for sample, n, clips in continued if n]:
             sums["characters"] += sum(n for _, n, _ in batch)
             for way in ("heard", "typed"):
                 encoded = [encode(s, clips, tok, typed=way == "typed") for s, _, clips in batch]
@@ -1246,26 +1241,22 @@ def draw_curves(c: Config) -> None:
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in (run_folder(c) / "metrics.jsonl").read_text().splitlines()]
-    losses, points = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
+    shown, starts = [(r["step"], r.get("eval", r)) for r in rows], {r["stage"]: r["step"] for r in reversed(rows)}
+    panels = (("training loss", "nats per target", ("loss",)),
+              ("dev: text after speech, heard and typed", "nats per character", ("heard", "typed", "gap", "text")),
+              ("dev: answers equal to the reference", "share", ("obeys spoken", "obeys typed")))
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    axes[0].plot([r["step"] for r in losses], [r["loss"] for r in losses], lw=0.8)
-    axes[0].set(title="training loss", ylabel="nats per target", yscale="log")
-    shown_right = (
-        (axes[1], ("heard", "typed", "gap", "text"), "dev: text after speech, heard and typed", "nats per character"),
-        (axes[2], ("obeys spoken", "obeys typed"), "dev: answers equal to the reference", "share"))
-    for axis, keys, title, unit in shown_right:
+    for axis, (title, unit, keys) in zip(axes, panels):
         for key in keys:
-            shown = [r for r in points if key in r["eval"]]
-            axis.plot([r["step"] for r in shown], [r["eval"][key] for r in shown], marker="o", ms=3, label=key)
-        axis.set(title=title, ylabel=unit)
-        axis.legend() if points else None
-    for stage in dict.fromkeys(r["stage"] for r in losses):
-        first = next(r["step"] for r in losses if r["stage"] == stage)
-        for axis in axes:
+            points = [(step, values[key]) for step, values in shown if key in values]
+            axis.plot(*zip(*points), marker="" if key == "loss" else "o", ms=3, lw=0.8 if key == "loss" else 1.5, label=key)
+        for first in starts.values():
             axis.axvline(first, color="0.8", lw=1, zorder=0)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.legend() if any(key in values for key in keys for _, values in shown) else None
+    axes[0].set_yscale("log")
+    for stage, first in starts.items():
         axes[0].text(first, 0.98, f" {stage}", transform=axes[0].get_xaxis_transform(), va="top", fontsize=8)
-    for axis in axes:
-        axis.set_xlabel("step")
     figure.savefig(run_folder(c) / "curves.png", dpi=110)
     pyplot.close(figure)
 
@@ -1412,6 +1403,26 @@ def make_optimizers(c: Config, model: InSerter, stage: synth.Stage) -> list[torc
     return made
 
 
+PEAK_FLOPS = 989e12             # dense bfloat16 operations per second of an H100 or H200, which the MFU in the log refers to
+
+
+def step_flops(model: InSerter, pack: Pack) -> float:
+    """Multiplications and additions that a step needs for a pack's real tokens and frames, forward and twice that backward.
+
+    A matrix takes two per entry and row; attention two products of L x L x width per clip, half of that where causal.
+    Nothing that is padded, recomputed or not a matrix product counts.
+    """
+    a, t = model.config.audio_config, model.config.text_config
+    frames, heard = np.array(Encoder.lengths(pack.clip_samples)), sum(map(audio_positions, pack.clip_samples))
+    tokens = np.diff(pack.cu_seqlens)[:-1 if pack.waste else None].astype(float)
+    heads, kv = (model.language_model.head * n for n in (t.num_attention_heads, t.num_key_value_heads))
+    block = 2 * (4 * a.d_model ** 2 + 2 * a.d_model * a.encoder_ffn_dim) * frames.sum() + 4 * a.d_model * (frames ** 2.0).sum()
+    encoder = a.encoder_layers * block + 2 * 3 * a.d_model * (2 * a.num_mel_bins + a.d_model) * frames.sum()
+    layer = 2 * t.hidden_size * (2 * heads + 2 * kv + 3 * t.intermediate_size) * tokens.sum() + 2 * heads * (tokens ** 2).sum()
+    ends = 2 * t.hidden_size * (a.d_model * heard + t.vocab_size * pack.supervised)              # adapter and LM head
+    return 3 * float(encoder + t.num_hidden_layers * layer + ends)
+
+
 def rate_at(stage: synth.Stage, step: int, progress: float) -> float:
     """Share of the learning rate: linear over `ramp` steps, then a cosine down to `floor` at progress 1."""
     cosine = (1 + math.cos(math.pi * min(progress, 1))) / 2
@@ -1437,7 +1448,7 @@ def backward(c: Config, network, packs: list[Pack], targets: float) -> float:
     DDP averages over ranks, so each rank's sum is divided by targets / world. Ranks meet in the last pass only.
     Returns this rank's summed loss in nats.
     """
-    world, total, device = rank_and_world()[1], 0.0, device_here()
+    world, device, total = rank_and_world()[1], device_here(), torch.zeros(())
     half = c.train.precision == "bfloat16" or (c.train.precision == "auto" and device.type == "cuda")
     groups = [packs[i:i + c.train.packs_at_once] for i in range(0, len(packs), c.train.packs_at_once)]
     for group in groups:
@@ -1446,22 +1457,24 @@ def backward(c: Config, network, packs: list[Pack], targets: float) -> float:
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 loss = network(**batch_of(group), chunk=c.train.loss_chunk)
             (loss * (world / max(targets, 1))).backward()
-        total += float(loss.detach())
-    return total
+        total = total.to(device) + loss.detach()                      # read at the end: nothing in between waits for a GPU
+    return float(total)
 
 
-def next_packs(feed: Feed, stopping: list[int]) -> tuple[list[Pack], dict]:
+def next_packs(model: InSerter, feed: Feed, stopping: list[int]) -> tuple[list[Pack], dict]:
     """The step's packs, and what the ranks together say of it: targets, a stop signal, errors, a checksum of all ids."""
-    sentence, packs = "", []
+    sentence, packs, begun = "", [], time.perf_counter()
     try:
         packs = feed.step()
     except UserError as error:
         sentence = str(error)
+    waited = time.perf_counter() - begun
     checksum = sum(zlib.crc32(p.ids.numpy().tobytes(), p.cursor["pack"] + (lane << 16)) for lane, p in zip(feed.lanes, packs))
-    keys = ("targets", "stop", "errors", "batch", "positions", "audio samples", "waste", "skipped")
-    values = (sum(p.supervised for p in packs), len(stopping), bool(sentence), checksum, sum(len(p.ids) for p in packs),
-              sum(sum(p.clip_samples) for p in packs), sum(p.waste for p in packs), sum(len(p.skipped) for p in packs))
-    facts = dict(zip(keys, all_reduce([float(v) for v in values])))
+    facts = {"targets": sum(p.supervised for p in packs), "stop": len(stopping), "errors": bool(sentence), "batch": checksum,
+             "positions": sum(len(p.ids) for p in packs), "audio samples": sum(sum(p.clip_samples) for p in packs),
+             "waste": sum(p.waste for p in packs), "skipped": sum(len(p.skipped) for p in packs), "waited": waited,
+             "flops": sum(step_flops(model, p) for p in packs)}
+    facts = dict(zip(facts, all_reduce([float(value) for value in facts.values()])))
     if facts["errors"]:
         raise UserError(next(filter(None, gather(sentence))))
     return packs, facts
@@ -1489,7 +1502,7 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
     model.train()
     stop = False
     while at.share(stage) < 1 and not stop:
-        packs, facts = next_packs(feed, stopping)
+        packs, facts = next_packs(model, feed, stopping)
         stop = facts["stop"] > 0                                      # after this step, which the cursors already count
         loss = backward(c, network, packs, facts["targets"])
         norm = nn.utils.clip_grad_norm_(trained, c.train.clip)
@@ -1511,7 +1524,7 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
             log.point(evaluate(c, model, tok))
         if at.step % c.train.save_every == 0 or done or stop:
             save_run(c, model, tok, optimizers, at, feed)
-    log.close()
+    log.bar.close()
     return at.share(stage) >= 1
 
 
@@ -1545,16 +1558,14 @@ class Log:
 
     def __init__(self, c: Config, at: Progress, stage: synth.Stage):
         self.c, self.at, self.stage, self.rank = c, at, stage, rank_and_world()[0]
-        done = at.stage_step if stage.steps else int(at.targets)
-        self.bar = tqdm(total=stage.steps or stage.tokens, initial=done, desc=at.stage, disable=True if self.rank else None,
-                        leave=False)
+        self.bar = tqdm(total=stage.steps or stage.tokens, initial=at.stage_step if stage.steps else int(at.targets), desc=at.stage,
+                        disable=True if self.rank else None, leave=False)
         self.since, self.sums = time.perf_counter(), Counter()
         self.first = at.stage_step, self.since
 
     def write(self, row: dict) -> None:
         if self.rank == 0:
-            path = run_folder(self.c) / "metrics.jsonl"
-            with writing(path), open(path, "a") as file:
+            with writing(path := run_folder(self.c) / "metrics.jsonl"), open(path, "a") as file:
                 file.write(json.dumps({"step": self.at.step, "stage": self.at.stage} | row) + "\n")
 
     def step(self, loss: float, rate: float, norm: float, facts: dict) -> None:
@@ -1567,22 +1578,23 @@ class Log:
         seconds = time.perf_counter() - self.since
         left = (1 - at.share(self.stage)) / max(at.share(self.stage), 1e-9) * at.stage_step
         eta = left * (time.perf_counter() - self.first[1]) / max(at.stage_step - self.first[0], 1)
-        n = self.sums
+        n, world = self.sums, rank_and_world()[1]
         row = {"loss": n["loss"] / max(n["targets"], 1), "lr": rate * self.stage.lr, "grad norm": norm,
                "tokens/s": n["positions"] / seconds, "audio s/s": n["audio samples"] / RATE / seconds, "targets": at.targets,
-               "batch": int(n["batch"]), "waste": n["waste"] / n["positions"], "skipped": int(n["skipped"])}
+               "batch": int(n["batch"]), "waste": n["waste"] / n["positions"], "skipped": int(n["skipped"]),
+               "wait": n["waited"] / seconds / world}
+        if torch.cuda.is_available():
+            row |= {"MFU": n["flops"] / seconds / world / PEAK_FLOPS, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
         self.write(row)
         say(f"{at.step:>7} | {row['loss']:.4f} | {row['lr']:.2e} | {norm:.3f} | {row['tokens/s']:,.0f} tokens/s | "
-            f"{row['audio s/s']:.1f} audio s/s | eta {eta / 60:.1f} min")
+            f"{row['audio s/s']:.1f} audio s/s | waits {row['wait']:.0%} | "
+            + (f"MFU {row['MFU']:.1%} | {row['peak GB']:.1f} GB | " if "MFU" in row else "") + f"eta {eta / 60:.1f} min")
         self.since, self.sums = time.perf_counter(), Counter()
 
     def point(self, point: dict[str, float]) -> None:
         self.write({"eval": point})
         say(f"{self.at.step:>7} | dev " + " | ".join(f"{k} {v:.3f}" for k, v in point.items()))
         self.since = time.perf_counter() if not self.sums else self.since
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def stages_of(c: Config) -> list[str]:
@@ -1644,10 +1656,9 @@ def tidy(c: Config, step: int) -> None:
 def train(c: Config, arguments: list[str]) -> None:
     """Run the stages from the start or from the newest state."""
     rank, world = rank_and_world()
-    for name in stages_of(c):
-        if c.train.stages[name].packs % world:
-            raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the {world} processes; "
-                            "choose one that is.")
+    for name in (name for name in stages_of(c) if c.train.stages[name].packs % world):
+        raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the {world} processes; "
+                        "choose one that is.")
     if rank == 0 or not c.fresh:                                      # each rank refuses by itself: no process group yet
         open_run(c)
     make_missing_shards(c, arguments)
@@ -1662,8 +1673,7 @@ def train(c: Config, arguments: list[str]) -> None:
     where, tensors = saved or ({"stage": stages[0]}, {})
     if where.pop("tokenizer", tok.digest) != tok.digest:
         raise UserError(f"The tokenizer in {c.data} is not the one that run {c.run} began with; restore it, or use fresh=true.")
-    where = {key: where[key] for key in where if key not in ("files", "settings")}
-    at, model = Progress(**where), fresh_model(c, tok)
+    at, model = Progress(**{key: where[key] for key in where if key not in ("files", "settings")}), fresh_model(c, tok)
     if saved:
         model.load_state_dict({n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}, strict=False)
         say(f"continuing run {c.run} in stage {at.stage} after step {at.step}")
@@ -1671,8 +1681,9 @@ def train(c: Config, arguments: list[str]) -> None:
     model.to(device_here())
     if rank == 0:
         tidy(c, at.step)
-    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world} x {device_here().type}, attention: plain\n"
-        "   step | loss | lr | grad norm | tokens/s | audio s/s | eta")
+    runs = [f"{'fused' if fused_here(device_here(), m.head) else 'plain'} (heads of {m.head})" for m in (model.audio_tower, model.language_model)]
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world} x {device_here().type}, attention: encoder {runs[0]}, "
+        f"LLM {runs[1]}\n   step | loss | lr | grad norm | tokens/s | audio s/s | waiting for data | eta")
     slots, begun = {n: t for n, t in tensors.items() if n.startswith("optim.")}, at.step
     for name in stages[stages.index(at.stage):]:
         if name != at.stage:
@@ -1725,16 +1736,14 @@ def fused_tiles(cu_seqlens, causal, positions):
     index = torch.minimum(number - (ends - counts)[document], count)
     mirror = torch.where(index < count, count - 1 - index, count)
     work = torch.where(index < count, index + 1 if causal else count, 0)
-    table = torch.stack([starts[document], lengths[document], index, mirror], 1).int()
-    return table[work.argsort(descending=True, stable=True)]
+    return torch.stack([starts[document], lengths[document], index, mirror], 1).int()[work.argsort(descending=True, stable=True)]
 
 
 @compiled
 def place(tiles, column: constexpr, ROWS: constexpr):
     """The program's document (first position, length) and its first row there; `column` 2: the tile, 3: its mirror image."""
-    parts: constexpr = 128 // ROWS                                    # programs that share a TILE
-    entry = tiles + tl.program_id(1) // parts * 4
-    first = (tl.load(entry + column) * parts + tl.program_id(1) % parts) * ROWS
+    entry = tiles + tl.program_id(1) * ROWS // 128 * 4                # several programs share a TILE if it is larger than ROWS
+    first = tl.load(entry + column) * 128 + tl.program_id(1) * ROWS % 128
     return tl.load(entry).to(tl.int64), tl.load(entry + 1), first
 
 
@@ -1769,8 +1778,7 @@ def row_products(a, b, ROWS: constexpr):
     """Sum of a * b along each row. In float32 it is summed as `dot` sums, for in a query that sees one key it has to cancel
     against such a sum exactly: its gradient is zero."""
     if a.dtype == tl.float32:
-        diagonal = tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :]
-        result = tl.sum(tl.where(diagonal, dot(a, b.T), 0.0), 1)
+        result = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :], dot(a, b.T), 0.0), 1)
     else:
         result = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
     return result
@@ -1912,8 +1920,7 @@ def fused_attention(q, k, v, cu_seqlens, causal, tiles=None):
     """
     if torch.is_autocast_enabled(q.device.type):                      # which does not know operators of our own
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if tiles is None:
-        tiles = fused_tiles(cu_seqlens.to(q.device, non_blocking=True), causal, len(q))
+    tiles = fused_tiles(cu_seqlens.to(q.device, non_blocking=True), causal, len(q)) if tiles is None else tiles
     return attention_op(*(x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v)), tiles, causal)[0]
 
 

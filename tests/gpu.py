@@ -453,7 +453,7 @@ def measure_ours(model, packs, targets, checkpointing):
         optimizer.zero_grad(set_to_none=True)
     seconds, memory = timed_steps(step, 1 if DRY else 8)
     n = len(packs)
-    work = sum(M.step_flops(model.config, pack) for pack in packs) / n
+    work = sum(M.step_flops(model, pack) for pack in packs) / n
     row = {"checkpointing": checkpointing, "seconds": seconds, "MFU": work / seconds / PEAK, "TFLOP": work / 1e12, "peak GB": memory,
            "tokens/s": sum(len(p.ids) - p.waste for p in packs) / n / seconds,
            "audio s/s": sum(len(p.audio) for p in packs) / n / M.RATE / seconds}
@@ -478,14 +478,14 @@ def measure_theirs(peer, samples, config, per_step, at_once):
     return {"at once": at_once, "seconds": seconds / per_step, "peak GB": memory}
 
 
-def padded_flops(samples, config):
+def padded_flops(samples, model):
     """A step's work when every clip lasts 30 s and logits are made at every position, without padding of texts."""
     packs = []
     for ids, labels, clips in samples:
         silent = [np.zeros(M.LONGEST, np.float32)] * len(clips)
         packs.append(our_pack([(ids, [0] * len(ids), [])], 0))
         packs[-1].clip_samples, packs[-1].supervised = [len(c) for c in silent], len(ids)
-    return sum(M.step_flops(config, pack) for pack in packs)
+    return sum(M.step_flops(model, pack) for pack in packs)
 
 
 def measure_step():
@@ -529,7 +529,7 @@ def measure_step():
     if results["ours"] and results["transformers"]:
         best, theirs = (min(row["seconds"] for row in results[who]) for who in ("ours", "transformers"))
         results["ratio"] = theirs / best
-        results["by FLOPs"] = padded_flops(samples, config) / sum(M.step_flops(config, p) for p in packs)
+        results["by FLOPs"] = padded_flops(samples, model) / sum(M.step_flops(model, p) for p in packs)
         print(f"  {results['ratio']:.1f} times as fast (wanted 3), by FLOPs {results['by FLOPs']:.1f}; MFU wanted 45 %")
     return results
 
