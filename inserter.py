@@ -51,7 +51,7 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -61,6 +61,13 @@ from transformers.audio_utils import mel_filter_bank
 
 import synth
 from synth import Config, UserError
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:               # it comes with torch on Linux; elsewhere attention is plain
+    triton = None
 
 RATE = synth.RATE                 # samples per second
 IGNORE = -100                     # label of a position without loss, as in PyTorch's cross_entropy
@@ -409,6 +416,7 @@ def batch_of(packs: list[Pack]) -> dict:
     for n in ends:
         starts.append(starts[-1] + n)
     bounds = [start + b for p, start in zip(packs, starts) for b in p.cu_seqlens[:-1]] + [starts[-1]]
+    bounds += bounds[-1:] * (-len(bounds) % 64)                       # empty documents: few shapes, so few compilations
     return {"ids": torch.cat([p.ids for p in packs]), "labels": torch.cat([p.labels for p in packs]),
             "position_ids": torch.cat([p.position_ids for p in packs]),
             "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
@@ -515,6 +523,7 @@ def log_mel(waveforms, n_mels, device=None):
 # `plain_attention` is the meaning; whatever is faster must compute exactly this. It sorts documents into
 # buckets of similar length, pads inside a bucket only (to its longest document, so at most twofold) and calls
 # torch's SDPA once per bucket. `tiles`, the index work, depends on cu_seqlens alone: all layers share it.
+# `fused_attention`, the kernel of section 12, takes its place on a GPU.
 # -----------------------------------------------------------------------------------------------------------
 
 def make_tiles(cu_seqlens, causal, device):
@@ -537,8 +546,7 @@ def make_tiles(cu_seqlens, causal, device):
         back[rows[real]] = filled + real.flatten().nonzero()[:, 0]
         filled += rows.numel()
         masked = not causal and not real.all()      # causal needs none: padding is last, where no query looks
-        mask = real[:, None, None].to(device) if masked else None
-        blocks.append((rows.flatten().to(device), len(rows), mask))
+        blocks.append((rows.flatten().to(device), len(rows), real[:, None, None].to(device) if masked else None))
     return blocks, back.to(device)
 
 
@@ -558,16 +566,21 @@ def plain_attention(q, k, v, cu_seqlens, causal, tiles=None):
     return torch.cat(outputs).index_select(0, back)
 
 
+def fused_here(device, head):
+    """Whether heads of this size are attended by `fused_attention` (section 12): on a GPU, or by Triton's interpreter."""
+    return triton is not None and head in HEAD_SIZES and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def attention(q, k, v, cu_seqlens, causal, tiles=None):
     """The one attention of encoder and LLM; arguments and result are those of `plain_attention`."""
-    return plain_attention(q, k, v, cu_seqlens, causal, tiles)
+    return (fused_attention if fused_here(q.device, q.shape[2]) else plain_attention)(q, k, v, cu_seqlens, causal, tiles)
 
 
-def packed_attend(cu_seqlens, causal, device):
-    """What a block calls as attend(q, k, v, layer) while training: every layer shares the pack's tiles."""
-    tiles = make_tiles(cu_seqlens, causal, device)
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-    return lambda q, k, v, layer: attention(q, k, v, cu_seqlens, causal, tiles)
+def packed_attend(cu_seqlens, causal, x, head):
+    """What a block calls as attend(q, k, v, layer) for packed x (T, d) and heads of size `head`: layers share the tiles."""
+    here = cu_seqlens.to(x.device, non_blocking=True)
+    tiles = fused_tiles(here, causal, len(x)) if fused_here(x.device, head) else make_tiles(cu_seqlens, causal, x.device)
+    return lambda q, k, v, layer: attention(q, k, v, here, causal, tiles)
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -626,7 +639,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, self.head = c, c.d_model // c.encoder_attention_heads
         self.conv1, self.conv2 = nn.Conv1d(c.num_mel_bins, c.d_model, 3), nn.Conv1d(c.d_model, c.d_model, 3)
         self.embed_positions = nn.Embedding(c.max_source_positions, c.d_model)
         self.embed_positions.requires_grad_(False)                                # sinusoids, never trained
@@ -663,8 +676,9 @@ class Encoder(nn.Module):
         x = self.convolutions(log_mel(waveforms, self.config.num_mel_bins, device), samples)  # (sum of L, d)
         length = torch.tensor(self.lengths(samples))
         x = x + self.embed_positions(ragged(length)[1].to(device, non_blocking=True))
-        cu_seqlens = F.pad(length.cumsum(0), (1, 0)).int()
-        x = run_blocks(self.layers, x, recompute, packed_attend(cu_seqlens, False, device))
+        cu_seqlens, x = F.pad(length.cumsum(0), (1, 0)).int(), F.pad(x, (0, 0, 0, -len(x) % 16))
+        ends = F.pad(cu_seqlens, (0, 1), value=len(x))                         # a clip nobody hears rounds up: few shapes
+        x = run_blocks(self.layers, x, recompute, packed_attend(ends, False, x, self.head))
         owner, t = ragged(length // 2)                                         # an odd last output is dropped
         first = (cu_seqlens[owner] + 2 * t).to(device, non_blocking=True)
         return self.layer_norm((x.index_select(0, first) + x.index_select(0, first + 1)) / 2)
@@ -717,7 +731,7 @@ class LLM(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, self.head = c, getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         layers = nn.ModuleList(LLMBlock(c, i) for i in range(c.num_hidden_layers))
         table, norm = nn.Embedding(c.vocab_size, c.hidden_size), nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.model = nn.ModuleDict({"embed_tokens": table, "layers": layers, "norm": norm})
@@ -725,7 +739,7 @@ class LLM(nn.Module):
 
     def forward(self, x, position_ids, attend, recompute):
         """Embeddings (T, d) -> hidden states (T, d), ready for lm_head."""
-        half = self.model.layers[0].head // 2
+        half = self.head // 2
         theta = self.config.rope_parameters["rope_theta"]
         # transformers' own rounding: a unit in the last place of a speed is 1e-4 radians at position 1000
         speed = 1 / theta ** (torch.arange(0, 2 * half, 2, device=x.device).float() / (2 * half))
@@ -798,9 +812,8 @@ class InSerter(nn.Module):
         int32 from 0 to T; waveforms: the clips of the whole pack in order.  -> (T, d)
         """
         x = self.embed(ids, waveforms)
-        positions = position_ids.to(x.device, non_blocking=True)
-        attend = packed_attend(cu_seqlens, True, x.device)
-        return self.language_model(x, positions, attend, self.checkpoint_blocks)
+        attend = packed_attend(cu_seqlens, True, x, self.language_model.head)
+        return self.language_model(x, position_ids.to(x.device, non_blocking=True), attend, self.checkpoint_blocks)
 
     def losses(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk):
         """Nats of every supervised position, in order: (number of labels that are not -100,) float32."""
@@ -1035,12 +1048,12 @@ def read_prompts(model, prompts, room):
     lengths = torch.tensor([len(ids) for ids, _ in prompts])
     owner, offset = (x.to(device) for x in ragged(lengths))
     cache = Cache(lengths.to(device), int(lengths.max()) + room)
-    packed = packed_attend(F.pad(lengths.cumsum(0), (1, 0)).int(), True, device)
+    x = model.embed(torch.cat([ids for ids, _ in prompts]), [w for _, clips in prompts for w in clips])
+    packed = packed_attend(F.pad(lengths.cumsum(0), (1, 0)).int(), True, x, model.language_model.head)
 
     def attend(q, k, v, layer):
         cache.store(owner, offset, k, v, layer)
         return packed(q, k, v, layer)
-    x = model.embed(torch.cat([ids for ids, _ in prompts]), [w for _, clips in prompts for w in clips])
     return model.language_model(x, offset, attend, False)[lengths.cumsum(0).to(device) - 1], cache
 
 
@@ -1191,9 +1204,8 @@ def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
     model.eval()
     sources = {name: dev_samples(c, name, c.train.eval_samples)[rank::world] for name in ("interleaved", "text", "chat")}
     for at in range(0, c.train.eval_samples, 16):
-        batch = [(*after_speech(sample), clips) for sample, clips in sources["interleaved"][at:at + 16]]
-        batch = [(sample, n, clips) for sample, n, clips in batch if n]
-        if batch:
+        continued = ((*after_speech(sample), clips) for sample, clips in sources["interleaved"][at:at + 16])
+        if batch := [(sample, n, clips) for sample, n, clips in continued if n]:
             sums["characters"] += sum(n for _, n, _ in batch)
             for way in ("heard", "typed"):
                 encoded = [encode(s, clips, tok, typed=way == "typed") for s, _, clips in batch]
@@ -1229,26 +1241,22 @@ def draw_curves(c: Config) -> None:
     from matplotlib import pyplot
 
     rows = [json.loads(line) for line in (run_folder(c) / "metrics.jsonl").read_text().splitlines()]
-    losses, points = [r for r in rows if "loss" in r], [r for r in rows if "eval" in r]
+    shown, starts = [(r["step"], r.get("eval", r)) for r in rows], {r["stage"]: r["step"] for r in reversed(rows)}
+    panels = (("training loss", "nats per target", ("loss",)),
+              ("dev: text after speech, heard and typed", "nats per character", ("heard", "typed", "gap", "text")),
+              ("dev: answers equal to the reference", "share", ("obeys spoken", "obeys typed")))
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    axes[0].plot([r["step"] for r in losses], [r["loss"] for r in losses], lw=0.8)
-    axes[0].set(title="training loss", ylabel="nats per target", yscale="log")
-    shown_right = (
-        (axes[1], ("heard", "typed", "gap", "text"), "dev: text after speech, heard and typed", "nats per character"),
-        (axes[2], ("obeys spoken", "obeys typed"), "dev: answers equal to the reference", "share"))
-    for axis, keys, title, unit in shown_right:
+    for axis, (title, unit, keys) in zip(axes, panels):
         for key in keys:
-            shown = [r for r in points if key in r["eval"]]
-            axis.plot([r["step"] for r in shown], [r["eval"][key] for r in shown], marker="o", ms=3, label=key)
-        axis.set(title=title, ylabel=unit)
-        axis.legend() if points else None
-    for stage in dict.fromkeys(r["stage"] for r in losses):
-        first = next(r["step"] for r in losses if r["stage"] == stage)
-        for axis in axes:
+            points = [(step, values[key]) for step, values in shown if key in values]
+            axis.plot(*zip(*points), marker="" if key == "loss" else "o", ms=3, lw=0.8 if key == "loss" else 1.5, label=key)
+        for first in starts.values():
             axis.axvline(first, color="0.8", lw=1, zorder=0)
+        axis.set(title=title, xlabel="step", ylabel=unit)
+        axis.legend() if any(key in values for key in keys for _, values in shown) else None
+    axes[0].set_yscale("log")
+    for stage, first in starts.items():
         axes[0].text(first, 0.98, f" {stage}", transform=axes[0].get_xaxis_transform(), va="top", fontsize=8)
-    for axis in axes:
-        axis.set_xlabel("step")
     figure.savefig(run_folder(c) / "curves.png", dpi=110)
     pyplot.close(figure)
 
@@ -1277,16 +1285,14 @@ def replace_folder(aside: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
 def writing(folder: Path):
     """Context in which a full disk becomes one sentence and what was finished before is kept."""
-    @contextlib.contextmanager
-    def guard():
-        try:
-            yield
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder} could not be written ({error}); make room, then start the same command again: it "
-                            "continues from the state before.") from None
-    return guard()
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder} could not be written ({error}); make room, then start the same command again: it continues "
+                        "from the state before.") from None
 
 
 def save_state(c: Config, model: InSerter, optimizers: list, where: dict) -> None:
@@ -1397,6 +1403,26 @@ def make_optimizers(c: Config, model: InSerter, stage: synth.Stage) -> list[torc
     return made
 
 
+PEAK_FLOPS = 989e12             # dense bfloat16 operations per second of an H100 or H200, which the MFU in the log refers to
+
+
+def step_flops(model: InSerter, pack: Pack) -> float:
+    """Multiplications and additions that a step needs for a pack's real tokens and frames, forward and twice that backward.
+
+    A matrix takes two per entry and row; attention two products of L x L x width per clip, half of that where causal.
+    Nothing that is padded, recomputed or not a matrix product counts.
+    """
+    a, t = model.config.audio_config, model.config.text_config
+    frames, heard = np.array(Encoder.lengths(pack.clip_samples)), sum(map(audio_positions, pack.clip_samples))
+    tokens = np.diff(pack.cu_seqlens)[:-1 if pack.waste else None].astype(float)
+    heads, kv = (model.language_model.head * n for n in (t.num_attention_heads, t.num_key_value_heads))
+    block = 2 * (4 * a.d_model ** 2 + 2 * a.d_model * a.encoder_ffn_dim) * frames.sum() + 4 * a.d_model * (frames ** 2.0).sum()
+    encoder = a.encoder_layers * block + 2 * 3 * a.d_model * (2 * a.num_mel_bins + a.d_model) * frames.sum()
+    layer = 2 * t.hidden_size * (2 * heads + 2 * kv + 3 * t.intermediate_size) * tokens.sum() + 2 * heads * (tokens ** 2).sum()
+    ends = 2 * t.hidden_size * (a.d_model * heard + t.vocab_size * pack.supervised)              # adapter and LM head
+    return 3 * float(encoder + t.num_hidden_layers * layer + ends)
+
+
 def rate_at(stage: synth.Stage, step: int, progress: float) -> float:
     """Share of the learning rate: linear over `ramp` steps, then a cosine down to `floor` at progress 1."""
     cosine = (1 + math.cos(math.pi * min(progress, 1))) / 2
@@ -1422,7 +1448,7 @@ def backward(c: Config, network, packs: list[Pack], targets: float) -> float:
     DDP averages over ranks, so each rank's sum is divided by targets / world. Ranks meet in the last pass only.
     Returns this rank's summed loss in nats.
     """
-    world, total, device = rank_and_world()[1], 0.0, device_here()
+    world, device, total = rank_and_world()[1], device_here(), torch.zeros(())
     half = c.train.precision == "bfloat16" or (c.train.precision == "auto" and device.type == "cuda")
     groups = [packs[i:i + c.train.packs_at_once] for i in range(0, len(packs), c.train.packs_at_once)]
     for group in groups:
@@ -1431,22 +1457,24 @@ def backward(c: Config, network, packs: list[Pack], targets: float) -> float:
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 loss = network(**batch_of(group), chunk=c.train.loss_chunk)
             (loss * (world / max(targets, 1))).backward()
-        total += float(loss.detach())
-    return total
+        total = total.to(device) + loss.detach()                      # read at the end: nothing in between waits for a GPU
+    return float(total)
 
 
-def next_packs(feed: Feed, stopping: list[int]) -> tuple[list[Pack], dict]:
+def next_packs(model: InSerter, feed: Feed, stopping: list[int]) -> tuple[list[Pack], dict]:
     """The step's packs, and what the ranks together say of it: targets, a stop signal, errors, a checksum of all ids."""
-    sentence, packs = "", []
+    sentence, packs, begun = "", [], time.perf_counter()
     try:
         packs = feed.step()
     except UserError as error:
         sentence = str(error)
+    waited = time.perf_counter() - begun
     checksum = sum(zlib.crc32(p.ids.numpy().tobytes(), p.cursor["pack"] + (lane << 16)) for lane, p in zip(feed.lanes, packs))
-    keys = ("targets", "stop", "errors", "batch", "positions", "audio samples", "waste", "skipped")
-    values = (sum(p.supervised for p in packs), len(stopping), bool(sentence), checksum, sum(len(p.ids) for p in packs),
-              sum(sum(p.clip_samples) for p in packs), sum(p.waste for p in packs), sum(len(p.skipped) for p in packs))
-    facts = dict(zip(keys, all_reduce([float(v) for v in values])))
+    facts = {"targets": sum(p.supervised for p in packs), "stop": len(stopping), "errors": bool(sentence), "batch": checksum,
+             "positions": sum(len(p.ids) for p in packs), "audio samples": sum(sum(p.clip_samples) for p in packs),
+             "waste": sum(p.waste for p in packs), "skipped": sum(len(p.skipped) for p in packs), "waited": waited,
+             "flops": sum(step_flops(model, p) for p in packs)}
+    facts = dict(zip(facts, all_reduce([float(value) for value in facts.values()])))
     if facts["errors"]:
         raise UserError(next(filter(None, gather(sentence))))
     return packs, facts
@@ -1474,7 +1502,7 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
     model.train()
     stop = False
     while at.share(stage) < 1 and not stop:
-        packs, facts = next_packs(feed, stopping)
+        packs, facts = next_packs(model, feed, stopping)
         stop = facts["stop"] > 0                                      # after this step, which the cursors already count
         loss = backward(c, network, packs, facts["targets"])
         norm = nn.utils.clip_grad_norm_(trained, c.train.clip)
@@ -1496,7 +1524,7 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
             log.point(evaluate(c, model, tok))
         if at.step % c.train.save_every == 0 or done or stop:
             save_run(c, model, tok, optimizers, at, feed)
-    log.close()
+    log.bar.close()
     return at.share(stage) >= 1
 
 
@@ -1517,14 +1545,12 @@ def save_run(c: Config, model: InSerter, tok: Tokenizer, optimizers: list, at: P
 
 def restore_slots(model: InSerter, optimizers: list, slots: dict[str, torch.Tensor]) -> None:
     """Put saved optimizer slots back. AdamW keeps its step on the CPU unless it is fused on a GPU."""
-    names = {p: name for name, p in model.named_parameters()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                for key, value in slots.items():
-                    _, slot, name = key.split(".", 2)
-                    if name == names[p]:
-                        optimizer.state[p][slot] = value.to(p.device)
+    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    named = dict(model.named_parameters())
+    for key, value in slots.items():
+        _, slot, name = key.split(".", 2)
+        if (p := named[name]) in owner:
+            owner[p].state[p][slot] = value.to(p.device)
 
 
 class Log:
@@ -1532,16 +1558,14 @@ class Log:
 
     def __init__(self, c: Config, at: Progress, stage: synth.Stage):
         self.c, self.at, self.stage, self.rank = c, at, stage, rank_and_world()[0]
-        done = at.stage_step if stage.steps else int(at.targets)
-        self.bar = tqdm(total=stage.steps or stage.tokens, initial=done, desc=at.stage, disable=True if self.rank else None,
-                        leave=False)
+        self.bar = tqdm(total=stage.steps or stage.tokens, initial=at.stage_step if stage.steps else int(at.targets), desc=at.stage,
+                        disable=True if self.rank else None, leave=False)
         self.since, self.sums = time.perf_counter(), Counter()
         self.first = at.stage_step, self.since
 
     def write(self, row: dict) -> None:
         if self.rank == 0:
-            path = run_folder(self.c) / "metrics.jsonl"
-            with writing(path), open(path, "a") as file:
+            with writing(path := run_folder(self.c) / "metrics.jsonl"), open(path, "a") as file:
                 file.write(json.dumps({"step": self.at.step, "stage": self.at.stage} | row) + "\n")
 
     def step(self, loss: float, rate: float, norm: float, facts: dict) -> None:
@@ -1554,22 +1578,23 @@ class Log:
         seconds = time.perf_counter() - self.since
         left = (1 - at.share(self.stage)) / max(at.share(self.stage), 1e-9) * at.stage_step
         eta = left * (time.perf_counter() - self.first[1]) / max(at.stage_step - self.first[0], 1)
-        n = self.sums
+        n, world = self.sums, rank_and_world()[1]
         row = {"loss": n["loss"] / max(n["targets"], 1), "lr": rate * self.stage.lr, "grad norm": norm,
                "tokens/s": n["positions"] / seconds, "audio s/s": n["audio samples"] / RATE / seconds, "targets": at.targets,
-               "batch": int(n["batch"]), "waste": n["waste"] / n["positions"], "skipped": int(n["skipped"])}
+               "batch": int(n["batch"]), "waste": n["waste"] / n["positions"], "skipped": int(n["skipped"]),
+               "wait": n["waited"] / seconds / world}
+        if torch.cuda.is_available():
+            row |= {"MFU": n["flops"] / seconds / world / PEAK_FLOPS, "peak GB": torch.cuda.max_memory_allocated() / 1e9}
         self.write(row)
         say(f"{at.step:>7} | {row['loss']:.4f} | {row['lr']:.2e} | {norm:.3f} | {row['tokens/s']:,.0f} tokens/s | "
-            f"{row['audio s/s']:.1f} audio s/s | eta {eta / 60:.1f} min")
+            f"{row['audio s/s']:.1f} audio s/s | waits {row['wait']:.0%} | "
+            + (f"MFU {row['MFU']:.1%} | {row['peak GB']:.1f} GB | " if "MFU" in row else "") + f"eta {eta / 60:.1f} min")
         self.since, self.sums = time.perf_counter(), Counter()
 
     def point(self, point: dict[str, float]) -> None:
         self.write({"eval": point})
         say(f"{self.at.step:>7} | dev " + " | ".join(f"{k} {v:.3f}" for k, v in point.items()))
         self.since = time.perf_counter() if not self.sums else self.since
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def stages_of(c: Config) -> list[str]:
@@ -1631,10 +1656,9 @@ def tidy(c: Config, step: int) -> None:
 def train(c: Config, arguments: list[str]) -> None:
     """Run the stages from the start or from the newest state."""
     rank, world = rank_and_world()
-    for name in stages_of(c):
-        if c.train.stages[name].packs % world:
-            raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the {world} processes; "
-                            "choose one that is.")
+    for name in (name for name in stages_of(c) if c.train.stages[name].packs % world):
+        raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the {world} processes; "
+                        "choose one that is.")
     if rank == 0 or not c.fresh:                                      # each rank refuses by itself: no process group yet
         open_run(c)
     make_missing_shards(c, arguments)
@@ -1649,8 +1673,7 @@ def train(c: Config, arguments: list[str]) -> None:
     where, tensors = saved or ({"stage": stages[0]}, {})
     if where.pop("tokenizer", tok.digest) != tok.digest:
         raise UserError(f"The tokenizer in {c.data} is not the one that run {c.run} began with; restore it, or use fresh=true.")
-    where = {key: where[key] for key in where if key not in ("files", "settings")}
-    at, model = Progress(**where), fresh_model(c, tok)
+    at, model = Progress(**{key: where[key] for key in where if key not in ("files", "settings")}), fresh_model(c, tok)
     if saved:
         model.load_state_dict({n.removeprefix("weight."): t for n, t in tensors.items() if n.startswith("weight.")}, strict=False)
         say(f"continuing run {c.run} in stage {at.stage} after step {at.step}")
@@ -1658,8 +1681,9 @@ def train(c: Config, arguments: list[str]) -> None:
     model.to(device_here())
     if rank == 0:
         tidy(c, at.step)
-    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world} x {device_here().type}, attention: plain\n"
-        "   step | loss | lr | grad norm | tokens/s | audio s/s | eta")
+    runs = [f"{'fused' if fused_here(device_here(), m.head) else 'plain'} (heads of {m.head})" for m in (model.audio_tower, model.language_model)]
+    say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters on {world} x {device_here().type}, attention: encoder {runs[0]}, "
+        f"LLM {runs[1]}\n   step | loss | lr | grad norm | tokens/s | audio s/s | waiting for data | eta")
     slots, begun = {n: t for n, t in tensors.items() if n.startswith("optim.")}, at.step
     for name in stages[stages.index(at.stage):]:
         if name != at.stage:
@@ -1679,7 +1703,229 @@ def train(c: Config, arguments: list[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The command line
+# 12. The fused kernel: computes exactly `plain_attention`; skip on first reading
+#
+# Flash attention: a program holds a tile of query rows of one document and head, walks over the keys they
+# may see, and keeps a running maximum and sum, so scores never reach memory; `lse`, the logarithm of every
+# row's sum, is all the backward pass needs to make them again. That is two kernels without atomics, so the
+# same bits come out every time: `query_gradient` holds queries and walks over keys, `key_gradient` holds
+# keys and walks over queries. Work is the sum of squared document lengths; no program looks past its own.
+# Tensors reach a kernel as (pointer, stride of a position, stride of a head); rows count from a document's start.
+# --------------------------------------------------------------------------------------------------
+
+HEAD_SIZES = (16, 32, 64, 128)                                        # others take plain_attention
+TILE = 128                                                            # rows of an entry of the table of tiles
+compiled = triton.jit if triton else lambda function: function
+
+
+def fused_tiles(cu_seqlens, causal, positions):
+    """The kernels' table of tiles (n, 4) int32, the most work first, made on cu_seqlens' device without waiting for it.
+
+    A row is: first position and length of a document, the number of a tile in it, and that of the tile's mirror image.
+    A causal tile has as many keys to walk over as its mirror image has queries, so one order serves all kernels. n
+    is the most tiles there can be; surplus rows name a tile past their document's end, where programs leave at once.
+
+    >>> fused_tiles(torch.tensor([0, 300, 300, 310]), True, 310)[:4].tolist()
+    [[0, 300, 2, 0], [0, 300, 1, 1], [0, 300, 0, 2], [300, 10, 0, 0]]
+    """
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    counts = (lengths + TILE - 1) // TILE
+    ends, number = counts.cumsum(0), torch.arange(positions // TILE + len(lengths), device=cu_seqlens.device)
+    document = torch.searchsorted(ends, number, right=True).clamp(max=len(lengths) - 1)
+    count = counts[document]
+    index = torch.minimum(number - (ends - counts)[document], count)
+    mirror = torch.where(index < count, count - 1 - index, count)
+    work = torch.where(index < count, index + 1 if causal else count, 0)
+    return torch.stack([starts[document], lengths[document], index, mirror], 1).int()[work.argsort(descending=True, stable=True)]
+
+
+@compiled
+def place(tiles, column: constexpr, ROWS: constexpr):
+    """The program's document (first position, length) and its first row there; `column` 2: the tile, 3: its mirror image."""
+    entry = tiles + tl.program_id(1) * ROWS // 128 * 4                # several programs share a TILE if it is larger than ROWS
+    first = tl.load(entry + column) * 128 + tl.program_id(1) * ROWS % 128
+    return tl.load(entry).to(tl.int64), tl.load(entry + 1), first
+
+
+@compiled
+def cells(x, start, head, rows, D: constexpr):
+    """Pointers to rows of one head of a document: (rows, D)."""
+    return x[0] + start * x[1] + head * x[2] + rows[:, None] * x[1] + tl.arange(0, D)[None, :]
+
+
+@compiled
+def read(x, start, head, rows, length, D: constexpr):
+    """Rows of one head of a document, zeros past its end: (rows, D)."""
+    return tl.load(cells(x, start, head, rows, D), mask=rows[:, None] < length, other=0.0)
+
+
+@compiled
+def dot(a, b, total=None):
+    return tl.dot(a, b, total, input_precision="ieee")                # or float32 would be rounded to 10 bits
+
+
+@compiled
+def scores(products, query, key, length, edge: constexpr, causal: constexpr, D: constexpr):
+    """A tile's logits from products of queries and keys: scaled, in bits (2 ** x is cheaper than e ** x), and on an
+    edge -inf where a query may not look. Queries past the document's end see what they like: nothing reads them."""
+    if edge:
+        products = tl.where(key <= query if causal else key < length, products, float("-inf"))
+    return products * (1.4426950408889634 * D ** -0.5)
+
+
+@compiled
+def row_products(a, b, ROWS: constexpr):
+    """Sum of a * b along each row. In float32 it is summed as `dot` sums, for in a query that sees one key it has to cancel
+    against such a sum exactly: its gradient is zero."""
+    if a.dtype == tl.float32:
+        result = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :], dot(a, b.T), 0.0), 1)
+    else:
+        result = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    return result
+
+
+@compiled
+def forward_kernel(q, k, v, out, lse, T, tiles, causal: constexpr, group: constexpr, D: constexpr,
+                   ROWS: constexpr, COLS: constexpr):
+    start, length, first = place(tiles, 2, ROWS)
+    if first >= length:
+        return
+    head, rows = tl.program_id(0), first + tl.arange(0, ROWS)
+    queries, mean = read(q, start, head, rows, length, D), tl.zeros([ROWS, D], tl.float32)     # not yet divided by `total`
+    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    last = tl.minimum(first + ROWS, length) if causal else length
+    full = first if causal else length // COLS * COLS                 # every query sees the keys before: no mask there
+    for edge in tl.static_range(2):
+        for col in range(full if edge else 0, last if edge else full, COLS):
+            cols = col + tl.arange(0, COLS)
+            keys = read(k, start, head // group, cols, length, D)
+            s = scores(dot(queries, keys.T), rows[:, None], cols[None, :], length, edge, causal, D)
+            higher = tl.maximum(top, tl.max(s, 1))                    # finite: every row sees the first key it meets
+            p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(top - higher)
+            values = read(v, start, head // group, cols, length, D)
+            total, top = total * shrink + tl.sum(p, 1), higher
+            mean = dot(p.to(values.dtype), values, mean * shrink[:, None])
+    tl.store(cells(out, start, head, rows, D), mean / total[:, None], mask=rows[:, None] < length)
+    tl.store(lse + head * T + start + rows, top + tl.log2(total), mask=rows < length)
+
+
+@compiled
+def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: constexpr, group: constexpr, D: constexpr,
+                   ROWS: constexpr, COLS: constexpr):
+    """Also writes delta = sum(out * dout) of each row, which `key_gradient` reads afterwards."""
+    start, length, first = place(tiles, 2, ROWS)
+    if first >= length:
+        return
+    head, rows = tl.program_id(0), first + tl.arange(0, ROWS)
+    queries, dmean = read(q, start, head, rows, length, D), read(dout, start, head, rows, length, D)
+    inner = row_products(dmean, read(out, start, head, rows, length, D), ROWS)
+    tl.store(delta + head * T + start + rows, inner, mask=rows < length)
+    size = tl.load(lse + head * T + start + rows, mask=rows < length, other=0.0)
+    gradient = tl.zeros([ROWS, D], tl.float32)
+    for col in range(0, tl.minimum(first + ROWS, length) if causal else length, COLS):
+        cols = col + tl.arange(0, COLS)
+        keys, values = read(k, start, head // group, cols, length, D), read(v, start, head // group, cols, length, D)
+        s = scores(dot(queries, keys.T), rows[:, None], cols[None, :], length, True, causal, D)
+        ds = tl.exp2(s - size[:, None]) * (dot(dmean, values.T) - inner[:, None])
+        gradient = dot(ds.to(keys.dtype), keys, gradient)
+    tl.store(cells(dq, start, head, rows, D), gradient * D ** -0.5, mask=rows[:, None] < length)
+
+
+@compiled
+def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: constexpr, group: constexpr, D: constexpr,
+                 ROWS: constexpr, COLS: constexpr):
+    """Tiles stand on their side here: rows are keys, columns queries. The query heads of a key's head add up."""
+    start, length, first = place(tiles, 3, ROWS)
+    if first >= length:
+        return
+    home, rows = tl.program_id(0), first + tl.arange(0, ROWS)
+    keys, values = read(k, start, home, rows, length, D), read(v, start, home, rows, length, D)
+    dkeys, dvalues = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
+    for head in range(home * group, (home + 1) * group):
+        for col in range(first if causal else 0, length, COLS):
+            cols = col + tl.arange(0, COLS)
+            queries, dmean = read(q, start, head, cols, length, D), read(dout, start, head, cols, length, D)
+            size = tl.load(lse + head * T + start + cols, mask=cols < length, other=0.0)
+            inner = tl.load(delta + head * T + start + cols, mask=cols < length, other=0.0)
+            s = scores(dot(keys, queries.T), cols[None, :], rows[:, None], length, causal, causal, D)
+            p = tl.exp2(s - size[None, :])
+            dvalues = dot(p.to(dmean.dtype), dmean, dvalues)
+            ds = p * (dot(values, dmean.T) - inner[None, :])
+            dkeys = dot(ds.to(queries.dtype), queries, dkeys)
+    tl.store(cells(dk, start, home, rows, D), dkeys * D ** -0.5, mask=rows[:, None] < length)
+    tl.store(cells(dv, start, home, rows, D), dvalues, mask=rows[:, None] < length)
+
+
+def tile_shape(kernel, D, dtype):
+    """(rows, columns, warps, loads in flight) of a kernel's tiles: as large as the registers of its warps hold."""
+    if dtype == torch.float32:                                        # no tensor cores; a dot's operands take registers too
+        return {forward_kernel: (32, 32, 8, 1), query_gradient: (16, 16, 8, 1), key_gradient: (32, 16, 4, 1)}[kernel]
+    return {forward_kernel: (TILE, 64, 4 if D < 128 else 8, 3),       # four warps wait less for each other than eight
+            query_gradient: (TILE, 64, 8, 2),                         # holds a second tile of scores
+            key_gradient: (TILE, 64 if D < 128 else 32, 8, 2)}[kernel]                         # and two gradients
+
+
+def launch(kernel, tiles, causal, q, k, *others):
+    """Programs for every tile and head; the heads of one tile stand together, so that the longest come first."""
+    rows, cols, warps, stages = tile_shape(kernel, q.shape[2], q.dtype)
+    tensors = [(x, x.stride(0), x.stride(1)) if x.dim() == 3 else x for x in (q, k, *others)]
+    grid = (k if kernel is key_gradient else q).shape[1], len(tiles) * (TILE // rows)
+    kernel[grid](*tensors, len(q), tiles, causal, q.shape[1] // k.shape[1], q.shape[2], rows, cols, num_warps=warps, num_stages=stages)
+
+
+@torch.library.custom_op("inserter::attention", mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    out, lse = empty_output(q, k, v, tiles, causal)
+    launch(forward_kernel, tiles, causal, q, k, v, out, lse)
+    return out, lse
+
+
+@attention_op.register_fake
+def empty_output(q, k, v, tiles, causal):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("inserter::attention_backward", mutates_args=())
+def gradient_op(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, tiles: Tensor,
+                causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (dq, dk, dv), delta = empty_gradients(q, k, v), torch.empty_like(lse)
+    launch(query_gradient, tiles, causal, q, k, v, out, dout, dq, lse, delta)
+    launch(key_gradient, tiles, causal, q, k, v, dout, dk, dv, lse, delta)
+    return dq, dk, dv
+
+
+@gradient_op.register_fake
+def empty_gradients(q, k, v, *others):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+    ctx.causal = inputs[4]
+
+
+def run_backward(ctx, dout, _):
+    *kept, tiles = ctx.saved_tensors
+    return *gradient_op(*kept, dout.contiguous(), tiles, ctx.causal), None, None
+
+
+attention_op.register_autograd(run_backward, setup_context=keep_for_backward)
+
+
+def fused_attention(q, k, v, cu_seqlens, causal, tiles=None):
+    """Arguments and result are those of `plain_attention`; tiles: fused_tiles' result, shared by layers.
+
+    D is one of HEAD_SIZES; bfloat16 and float16 are added up in float32, and float32 is computed as such. The last
+    dimension is contiguous, or copied; positions and heads may lie at any strides.
+    """
+    if torch.is_autocast_enabled(q.device.type):                      # which does not know operators of our own
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    tiles = fused_tiles(cu_seqlens.to(q.device, non_blocking=True), causal, len(q)) if tiles is None else tiles
+    return attention_op(*(x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v)), tiles, causal)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. The command line
 # --------------------------------------------------------------------------------------------------
 
 def main(arguments: list[str]) -> None:

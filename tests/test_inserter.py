@@ -346,7 +346,8 @@ def test_one_batch_of_packs(c, tok):
     packs = [lane(c, tok, number).pack() for number in range(3)]
     batch = M.batch_of(packs)
     cu = batch["cu_seqlens"].tolist()
-    assert cu[0] == 0 and cu[-1] == 120 == len(batch["ids"]) and cu == sorted(set(cu)) and {40, 80} < set(cu)
+    assert cu[0] == 0 and cu[-1] == 120 == len(batch["ids"]) and cu == sorted(cu) and {40, 80} < set(cu)
+    assert len(set(cu)) == cu.index(120) + 1 and len(cu) % 64 == 0             # padded by repeating the last bound
     assert len(batch["waveforms"]) == sum(len(p.clip_samples) for p in packs)
     assert int((batch["ids"] == tok.special["<|AUDIO|>"]).sum()) == sum(M.audio_positions(len(w)) for w in batch["waveforms"])
 
