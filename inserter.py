@@ -1254,7 +1254,7 @@ def draw_curves(c: Config) -> None:
             axis.axvline(first, color="0.8", lw=1, zorder=0)
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.legend() if any(key in values for key in keys for _, values in shown) else None
-    axes[0].set_yscale("log")
+    axes[0].set_yscale("log" if any("loss" in values for _, values in shown) else "linear")             # a short run logs none
     for stage, first in starts.items():
         axes[0].text(first, 0.98, f" {stage}", transform=axes[0].get_xaxis_transform(), va="top", fontsize=8)
     figure.savefig(run_folder(c) / "curves.png", dpi=110)

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,10 +87,14 @@ def positions(sample):
 def draw_pack(rng, length):
     """Samples that fit into a pack of `length` positions, and the positions left over."""
     samples, left = [], length
-    while positions(sample := draw_sample(rng)) <= left:
+    while True:
+        sample = draw_sample(rng)
+        if positions(sample) > length:                  # longer than a pack: left out
+            continue
+        if positions(sample) > left:
+            return samples, left
         samples.append(sample)
         left -= positions(sample)
-    return samples, left
 
 
 def document_lengths(seed, length):
@@ -172,7 +177,7 @@ def measure_correctness():
     print(f"  {'type':9}{'D':>4} {'causal':7}{'heads':9}{'out':>6}{'dq':>6}{'dk':>6}{'dv':>6}  {'relative':>9}  repeats")
     for dtype in (*HALVES, torch.float32):
         for D in M.HEAD_SIZES[:2] if DRY else M.HEAD_SIZES:
-            for causal, heads in ((False, (4, 4)), (True, (4, 4)), (True, (14, 2)), (False, (6, 2)))[:2 if DRY else 4]:
+            for causal, heads in ((False, (4, 4)), (True, (14, 2)), (True, (4, 4)))[:2 if DRY or dtype == torch.float32 else 3]:
                 if row := guarded(f"correct {dtype} {D} {causal} {heads}", check_configuration, dtype, D, causal, heads):
                     rows.append(row)
                     shares = "".join(f"{row[n]['of bound']:6.2f}" for n in ("out", "dq", "dk", "dv"))
@@ -199,8 +204,12 @@ def replayed(function):
     """Time of a call without the CPU's share: a captured graph, replayed."""
     if DRY:
         return milliseconds(function)
-    with torch.cuda.stream(torch.cuda.Stream()):
+    try:
         return M.triton.testing.do_bench_cudagraph(function, rep=40, return_mode="median")
+    except RuntimeError as error:                       # some cannot be captured: then with the CPU's share
+        RESULTS["errors"]["replay"] = str(error)[:300]
+        torch.cuda.synchronize()
+        return milliseconds(function)
 
 
 def attention_flops(lengths, heads, D, causal, backward):
@@ -236,6 +245,7 @@ def flex(lengths, causal, Hq, Hkv):
     def seen(b, h, query, key):
         same = document[query] == document[key]
         return same & (key <= query) if causal else same
+    torch._dynamo.config.recompile_limit = 64
     T, compiled = sum(lengths), FLEX.setdefault("attention", flex_attention if DRY else torch.compile(flex_attention, dynamic=False))
     mask = create_block_mask(seen, None, None, T, T, device=DEVICE)
 
@@ -290,6 +300,10 @@ def time_peer(name, make, lengths, causal, Hq, Hkv, D, timer):
 
 
 def time_peers(case, lengths, causal, Hq, Hkv, D, timer=milliseconds):
+    if not lengths:
+        return None
+    if DRY:
+        Hq, Hkv = 2, 2 * Hkv // Hq or 1
     row = {"case": case, "D": D, "heads": [Hq, Hkv], "causal": causal, "positions": sum(lengths), "documents": len(lengths),
            "longest": max(lengths), "times": {}}
     for name, make in PEERS.items():
@@ -311,22 +325,22 @@ def time_peers(case, lengths, causal, Hq, Hkv, D, timer=milliseconds):
 def measure_kernel():
     print("\nattention, TFLOP/s of the work that documents need" + " " * 4 + "forward" + " " * 31 + "forward + backward")
     print(f"  {'case':26}{'D':>4} {'causal':6}" + 2 * "".join(f"{name[:8]:>9}" for name in PEERS) + "   sdpa is")
-    length, rows = 600 if DRY else 8192, []
+    length, rows = 200 if DRY else 8192, []
     for seed in range(1 if DRY else 3):
-        frames, documents = document_lengths(seed, length)
-        rows.append(time_peers(f"clips of pack {seed}, replayed", frames, False, 12, 12, 64, replayed))
-        rows.append(time_peers(f"pack {seed}, 14/2, replayed", documents, True, 14, 2, 64, replayed))
-    frames, documents = document_lengths(9, length)
+        rows.append(time_peers(f"pack {seed}, 14/2, replayed", document_lengths(seed, length)[1], True, 14, 2, 64, replayed))
+    frames, documents = document_lengths(0, length)     # one pack's clips: every new number of frames has Flex compiled anew
+    rows.append(time_peers("clips of pack 0, replayed", frames, False, 12, 12, 64, replayed))
     rows.append(time_peers("clips of a pack, launched", frames, False, 12, 12, 64))
     rows.append(time_peers("pack, 14/2, launched", documents, True, 14, 2, 64))
     rows.append(time_peers("pack, 28/4, replayed", documents, True, 28, 4, 128, replayed))
-    total = 256 if DRY else 16384
+    total = 128 if DRY else 16384
     for D in (64, 128):
-        for causal in (True, False):
-            for length in (128, 256) if DRY else (512, 1024, 2048, 4096, 8192, 16384):
+        for causal in (True,) if DRY else (True, False):
+            for length in (128,) if DRY else (512, 1024, 2048, 4096, 8192, 16384):
                 if not late():
                     heads = 2 if DRY else 2048 // D
                     rows.append(time_peers(f"{total // length} x {length}", [length] * (total // length), causal, heads, heads, D))
+    rows = [r for r in rows if r]
     real = [r for r in rows if "pack" in r["case"] and "replayed" in r["case"]]
     ratios = {}
     for peer in ("flash-2", "flex", "padded sdpa"):
@@ -345,8 +359,9 @@ def measure_sweep():
     kernels = {"forward": M.forward_kernel, "queries": M.query_gradient, "keys": M.key_gradient}
     choices = [(128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2),
                (128, 32, 8, 2), (128, 32, 4, 3), (128, 64, 8, 2), (64, 32, 4, 2), (128, 64, 8, 1)]
-    _, documents = document_lengths(0, 600 if DRY else 8192)
+    _, documents = document_lengths(0, 200 if DRY else 8192)
     cases = [("pack", documents, True, 14, 2, 64), ("pack", documents, True, 28, 4, 128)]
+    cases = [("pack", documents, True, 2, 1, 16)] if DRY else cases
     cases += [("2 x 8192", [8192] * 2, True, 2048 // D, 2048 // D, D) for D in (64, 128)] * (not DRY)
     try:
         for case, lengths, causal, Hq, Hkv, D in cases:
@@ -440,10 +455,14 @@ def timed_steps(step, count):
     return statistics.median(seconds), torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else 0.0
 
 
-def measure_ours(model, packs, targets, checkpointing):
+def measure_ours(model, packs, targets, checkpointing, compiled):
     model.checkpoint_blocks = checkpointing
+    if compiled:
+        for block in [*model.audio_tower.layers, *model.language_model.model.layers]:
+            block.compile(backend="eager" if DRY else "inductor")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
     turn = iter(packs * 99)
+    torch._dynamo.utils.counters.clear()
 
     def step():
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=not DRY):
@@ -454,10 +473,12 @@ def measure_ours(model, packs, targets, checkpointing):
     seconds, memory = timed_steps(step, 1 if DRY else 8)
     n = len(packs)
     work = sum(M.step_flops(model, pack) for pack in packs) / n
-    row = {"checkpointing": checkpointing, "seconds": seconds, "MFU": work / seconds / PEAK, "TFLOP": work / 1e12, "peak GB": memory,
+    row = {"checkpointing": checkpointing, "compiled": compiled, "compilations": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+           "seconds": seconds, "MFU": work / seconds / PEAK, "TFLOP": work / 1e12, "peak GB": memory,
            "tokens/s": sum(len(p.ids) - p.waste for p in packs) / n / seconds,
            "audio s/s": sum(len(p.audio) for p in packs) / n / M.RATE / seconds}
-    print(f"  ours{', checkpointing' * checkpointing:16} {seconds:.4f} s | MFU {row['MFU']:.1%} | {row['tokens/s']:,.0f} tokens/s | "
+    how = f"ours{', checkpointing' * checkpointing}{', compiled' * compiled}{' ' + str(row['compilations']) + ' x' if compiled else ''}"
+    print(f"  {how:34} {seconds:.4f} s | MFU {row['MFU']:.1%} | {row['tokens/s']:,.0f} tokens/s | "
           f"{row['audio s/s']:,.0f} audio s/s | {memory:.1f} GB", flush=True)
     return row
 
@@ -474,7 +495,7 @@ def measure_theirs(peer, samples, config, per_step, at_once):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     seconds, memory = timed_steps(step, 1 if DRY else 3)
-    print(f"  transformers, {at_once:2} samples at once   {seconds / per_step:.4f} s a pack | {memory:.1f} GB", flush=True)
+    print(f"  {f'transformers, {at_once} samples at once':34} {seconds / per_step:.4f} s a pack | {memory:.1f} GB", flush=True)
     return {"at once": at_once, "seconds": seconds / per_step, "peak GB": memory}
 
 
@@ -513,13 +534,15 @@ def measure_step():
     for name, p in peer.named_parameters():
         p.requires_grad_("embed_positions" not in name)
     few = sorted(samples, key=lambda s: len(s[0]))[:4]
-    with torch.no_grad():                               # float32, and no TF32 unless someone set it
+    torch.backends.cudnn.allow_tf32 = False             # their convolutions would be rounded to 10 bits
+    with torch.no_grad():
         mine = float(model(**M.batch_of([our_pack(few, 0)]), chunk=2048)) / sum(l != M.IGNORE for _, ls, _ in few for l in ls)
         other = float(peer(**their_batches(few, config, 4)[0]).loss)
     results["losses"] = {"ours": mine, "transformers": other, "agree": abs(mine - other) < 1e-3}
     print(f"  losses of four samples in float32: {mine:.6f} and {other:.6f}{'' if results['losses']['agree'] else '  DIFFER'}")
     targets = packs[0].supervised
-    results["ours"] = [row for again in (False, True) if (row := guarded(f"our step {again}", measure_ours, model, packs, targets, again))]
+    ways = ((False, False), (True, False), (False, True), (True, True))
+    results["ours"] = [row for way in ways if (row := guarded(f"our step {way}", measure_ours, model, packs, targets, *way))]
     model.cpu()
     torch.cuda.empty_cache() if DEVICE.type == "cuda" else None
     results["transformers"] = []

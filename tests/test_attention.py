@@ -166,32 +166,55 @@ def check_operator():
             "expanded gradient": all(map(torch.equal, summed, ones))}
 
 
-def check_model():
-    """Largest difference of the loss, gradients and answers of a small model by fused and by plain attention."""
+def small_model():
     from transformers import Qwen2AudioConfig
-    config = Qwen2AudioConfig(
-        audio_config={"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2,
+    model = M.random_model(Qwen2AudioConfig(
+        audio_config={"model_type": "qwen2_audio_encoder", "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2,
                       "encoder_ffn_dim": 64, "num_mel_bins": 80},
-        text_config={"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+        text_config={"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
                      "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "tie_word_embeddings": True},
-        audio_token_index=60)
-    model = M.random_model(config, 1)
+        audio_token_index=60), 1)
     for p in model.parameters():
         if p.requires_grad:
             p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    ids = torch.cat([torch.tensor([61, *[60] * M.audio_positions(8000), 62]), torch.arange(20)])
-    batch = {"ids": ids, "labels": ids.roll(-1), "position_ids": torch.arange(len(ids)), "waveforms": [torch.randn(8000)],
-             "cu_seqlens": torch.tensor([0, len(ids)], dtype=torch.int32), "chunk": 64}
-    results, chooser = [], M.fused_here
+    return model
+
+
+def small_batch(samples, text, length):
+    """One clip, then text, then the tail of a pack of `length` positions."""
+    ids = torch.cat([torch.tensor([61, *[60] * M.audio_positions(samples), 62]), torch.arange(text)])
+    cu = torch.tensor([0, len(ids)] + [length] * 3, dtype=torch.int32)
+    ids = torch.cat([ids, torch.zeros(length - len(ids), dtype=torch.long)])
+    return {"ids": ids, "labels": ids.roll(-1), "position_ids": torch.arange(length), "waveforms": [torch.randn(samples)],
+            "cu_seqlens": cu, "chunk": 64}
+
+
+def check_model():
+    """Largest difference of the loss, gradients and answers of a small model by fused and by plain attention."""
+    model, batch, results, chooser = small_model(), small_batch(8000, 20, 40), [], M.fused_here
     for M.fused_here in (chooser, lambda device, head: False):
         model.zero_grad()
         loss = model(**batch)
         loss.backward()
-        answer = M.generate(model, [(ids, batch["waveforms"]), (ids[-5:], [])], 4, [], [])
+        answer = M.generate(model, [(batch["ids"], batch["waveforms"]), (batch["ids"][-5:], [])], 4, [], [])
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), answer))
     M.fused_here = chooser
     (a, b, c), (x, y, z) = results
     return {"loss": abs(a - x) / x, "gradient": ((b - y).norm() / y.norm()).item(), "answers": c == z}
+
+
+def check_compilations():
+    """How often blocks are compiled, as whole graphs, while clips and documents of four batches change their lengths."""
+    model, compiled = small_model(), []
+
+    def backend(graph, inputs):                         # one for all: blocks share what it compiled
+        compiled.append(graph)
+        return graph.forward
+    for block in [*model.audio_tower.layers, *model.language_model.model.layers]:
+        block.compile(backend=backend, fullgraph=True)
+    for samples, text in ((8000, 20), (9000, 30), (4000, 7), (12000, 12)):
+        model(**small_batch(samples, text, 64))
+    return len(compiled)
 
 
 def interpret():
@@ -199,7 +222,7 @@ def interpret():
     torch.use_deterministic_algorithms(True)            # fills what torch.empty gives with NaN
     packs = [check_pack(number, torch.float16) for number in range(20)] + [check_pack(number, torch.float32) for number in range(16)]
     return {"poisoned": bool(torch.empty(9).isnan().all()), "packs": packs, "isolation": [check_isolation(t) for t in (torch.float16, torch.float32)],
-            "operator": check_operator(), "model": check_model()}
+            "operator": check_operator(), "model": check_model(), "compilations": check_compilations()}
 
 
 # ---- what runs in the compiler's process ----
@@ -308,6 +331,11 @@ def test_model_is_the_same_by_both(interpreted):
 
 
 @needs_triton
+def test_few_compilations(interpreted):
+    assert 2 <= interpreted["compilations"] <= 4
+
+
+@needs_triton
 def test_kernels_compile_for_hopper():
     rows = elsewhere("compile", TRITON_INTERPRET="0")["kernels"]
     assert len(rows) == 3 * (3 * 4 * 2 + 1)
@@ -315,6 +343,48 @@ def test_kernels_compile_for_hopper():
         print(*row.values())
         assert row["stack"] == 0 and row["shared"] <= SHARED_LIMIT and not row["tf32"], row
         assert (row["tensor cores"] > 0) == (row["type"] != "float32"), row
+
+
+# ---- the operations that the MFU counts ----
+
+def flops_by_formula(samples, text, supervised):
+    heard = M.audio_positions(samples) if samples else 0
+    clips = [samples] if samples else []
+    pack = M.Pack(None, None, None, [0, heard + text, heard + text + 9], None, clips, [], supervised, 9, [], {})
+    return M.step_flops(small_model(), pack)
+
+
+def test_step_flops_are_those_of_the_products():
+    """By hand, for one text, then for a clip beside it; the tail of 9 positions never counts."""
+    n, d, ffn, heads, kv, vocab = 100, 64, 64, 64, 32, 64
+    layer = 2 * n * (d * heads + 2 * d * kv + heads * d + 3 * d * ffn) + 2 * 2 * heads * n * n / 2
+    assert flops_by_formula(0, n, 7) == 3 * (2 * layer + 2 * 7 * d * vocab)
+    samples, a, frames, heard = 16000, 32, 50, 25                        # 100 frames, 50 rows of the encoder, 25 vectors
+    clip = 2 * 100 * 3 * 80 * a + 2 * frames * 3 * a * a + 2 * (2 * frames * (4 * a * a + 2 * a * 64) + 4 * frames * frames * a)
+    longer = flops_by_formula(0, n + heard, 7)
+    assert flops_by_formula(samples, n, 7) == longer + 3 * (clip + 2 * heard * a * d)
+
+
+# ---- the script that measures on a GPU ----
+
+def gpu_script(*arguments, **environment):
+    return subprocess.run([sys.executable, ROOT / "tests" / "gpu.py", *map(str, arguments)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment)
+
+
+def test_without_a_gpu_one_sentence(tmp_path):
+    done = gpu_script(tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "needs a CUDA GPU" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_gpu_script_walks_through(tmp_path):
+    """At toy sizes on the CPU: the step agrees with transformers'; the peers that have no CPU version fail without harm."""
+    done = gpu_script(tmp_path, "kernel", "step", INSERTER_DRY="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert all("flash-2" in name or "flex" in name for name in found["errors"]), found["errors"]
+    assert found["step"]["losses"]["agree"] and found["step"]["unmatched names"] == 0 and len(found["step"]["ours"]) == 4
+    assert all({"ours", "padded sdpa"} <= set(row["times"]) for row in found["kernel"]["rows"]) and "times as fast" in done.stdout
 
 
 if __name__ == "__main__":
