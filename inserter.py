@@ -108,6 +108,7 @@ class Encoded:
     ids: list[int]
     labels: list[int]
     clips: list[np.ndarray]
+    words: list[list[int]]        # classes of each clip's words, which a CTC stage asks for
 
 
 def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bool = False, reply: bool = False) -> Encoded:
@@ -123,7 +124,7 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
         ids     hi  <|audio_bos|>  <|AUDIO|>  <|AUDIO|>  <|audio_eos|>  you            <|endoftext|>
         labels  -   -              -          -          you            <|endoftext|>  -
     """
-    ids, target, heard, sp = [], [], [], tok.special
+    ids, target, heard, words, sp = [], [], [], [], tok.special
 
     def put(tokens: list[int], loss: bool) -> None:
         ids.extend(tokens)
@@ -132,8 +133,7 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
     def put_parts(parts: list[dict], numbered: bool) -> None:
         carried = ""                                                  # spaces moved from a text to typed-out speech
         for part, following in zip(parts, [*parts[1:], None]):
-            text = carried + part["text"]
-            carried = ""
+            text, carried = carried + part["text"], ""
             if part["role"] == "text":
                 kept = text.rstrip(" ") if following and following["role"] == "speech" else text
                 carried = text[len(kept):] if typed else ""
@@ -142,6 +142,8 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
                 put(tok(text), False)
             else:
                 heard.append(clips[part["audio"]])
+                # a word's class is not its own token: Whisper knows nothing of Qwen's vocabulary either
+                words.append([(i + 1) % len(tok.hf) for word in synth.WORD.findall(text.lower()) for i in tok(f" {word}")])
                 if numbered:
                     put(tok(f"Audio {len(heard)}: "), False)
                 put([sp[AUDIO_BOS]] + [sp[AUDIO]] * audio_positions(len(heard[-1])) + [sp[AUDIO_EOS]], False)
@@ -164,7 +166,7 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
         if reply:
             put([sp[TURN]] + tok("assistant\n"), False)
     labels = [i if loss else IGNORE for i, loss in zip(ids[1:], target[1:])] + [IGNORE]
-    return Encoded(sample.get("id", ""), ids, labels, heard)
+    return Encoded(sample.get("id", ""), ids, labels, heard, words)
 
 
 def read_encoded(path: Path, number: int, tok: Tokenizer) -> Encoded:
@@ -184,8 +186,7 @@ def train_tokenizer(c: Config, folder: Path) -> None:
     bpe.normalizer = tokenizers.normalizers.NFC()
     pattern = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                r"|\s+(?!\S)|\s+")
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([
-        tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated"),
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
@@ -240,8 +241,9 @@ class Pack:
     cu_seqlens: list[int]         # documents + 1
     audio: torch.Tensor           # (samples,) float32, the clips end to end
     clip_samples: list[int]       # samples of each clip
+    words: list[list[int]] | None # in a CTC stage the classes of each clip's words, which are its targets
     names: list[str]              # samples packed
-    supervised: int               # labels that are not IGNORE
+    supervised: int               # targets: labels that are not IGNORE, or words
     waste: int                    # positions of the tail
     skipped: list[str]            # samples longer than a pack, left out since the pack before
     cursor: dict                  # the lane's state after this pack
@@ -285,7 +287,7 @@ class Lane:
         settings = c.train.stages[stage]
         self.mix = {name: share for name, share in settings.mix.items() if share > 0}
         self.recipes = {name: Recipe(c, name, stage) for name in self.mix}
-        self.tok, self.lane, self.lanes, self.length = tok, lane, settings.packs, c.train.pack_length
+        self.tok, self.lane, self.lanes, self.length, self.ctc = tok, lane, settings.packs, c.train.pack_length, settings.ctc
         self.cursor = cursor or {"pack": 0, "recipes": {n: {"epoch": 0, "index": 0, "piece": 0, "fed": 0} for n in self.mix}}
         self.open: dict[str, Encoded] = {}                            # the document each recipe stands at
         self.skipped: list[str] = []
@@ -315,7 +317,7 @@ class Lane:
                 return whole
             if name == "text":
                 cut = slice(place["piece"] * self.length, (place["piece"] + 1) * self.length)
-                return Encoded(whole.name, whole.ids[cut], whole.labels[cut], [])
+                return Encoded(whole.name, whole.ids[cut], whole.labels[cut], [], [])
             self.skipped.append(whole.name)
             self.advance(name)
             skipped += 1
@@ -342,20 +344,22 @@ class Lane:
             documents.append(document)
             used += len(document.ids)
             self.consume(name, len(document.ids))
+        waste, skipped, self.skipped = self.length - used, self.skipped, []
         self.cursor["pack"] += 1
-        return self.finish(documents, self.length - used)
+        tail = [Encoded("", [self.tok.special[END]] * waste, [IGNORE] * waste, [], [])] if waste else []
+        return packed(documents + tail, self.ctc, skipped, self.cursor)
 
-    def finish(self, documents: list[Encoded], waste: int) -> Pack:
-        tail = [Encoded("", [self.tok.special[END]] * waste, [IGNORE] * waste, [])] if waste else []
-        lengths = [len(d.ids) for d in documents + tail]
-        clips, skipped = [clip for d in documents for clip in d.clips], self.skipped
-        self.skipped = []
-        labels = torch.tensor([label for d in documents + tail for label in d.labels])
-        return Pack(torch.tensor([i for d in documents + tail for i in d.ids]), labels,
-                    torch.cat([torch.arange(n) for n in lengths]), [0, *np.cumsum(lengths).tolist()],
-                    torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *clips])), [len(clip) for clip in clips],
-                    [d.name for d in documents], int((labels != IGNORE).sum()), waste, skipped,
-                    json.loads(json.dumps(self.cursor)))
+
+def packed(documents: list[Encoded], ctc: bool, skipped: list[str], cursor: dict) -> Pack:
+    """Join documents end to end; one without a name is the tail that fills the pack."""
+    lengths, clips = [len(d.ids) for d in documents], [clip for d in documents for clip in d.clips]
+    labels = torch.tensor([label for d in documents for label in d.labels])
+    words = [ids for d in documents for ids in d.words] if ctc else None
+    targets = sum(map(len, words)) if ctc else int((labels != IGNORE).sum())
+    return Pack(torch.tensor([i for d in documents for i in d.ids]), labels, torch.cat([torch.arange(n) for n in lengths]),
+                [0, *np.cumsum(lengths).tolist()], torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *clips])),
+                [len(clip) for clip in clips], words, [d.name for d in documents if d.name], targets,
+                sum(len(d.ids) for d in documents if not d.name), skipped, json.loads(json.dumps(cursor)))
 
 
 class Lanes(IterableDataset):
@@ -391,12 +395,10 @@ class Feed:
 
     def step(self) -> list[Pack]:
         """The rank's next packs in the order of its lanes. UserError of a reading process is raised here."""
-        packs = []
-        for i, lane in enumerate(self.lanes):
-            packs.append(next(self.loaders[i % len(self.loaders)]))
-            if isinstance(packs[-1], UserError):
-                raise packs[-1]
-            self.cursors[lane] = packs[-1].cursor
+        packs = [next(self.loaders[i % len(self.loaders)], None) for i in range(len(self.lanes))]
+        for error in (p for p in packs if isinstance(p, UserError)):
+            raise error
+        self.cursors |= {lane: p.cursor for lane, p in zip(self.lanes, packs)}
         return packs
 
 
@@ -417,9 +419,9 @@ def batch_of(packs: list[Pack]) -> dict:
         starts.append(starts[-1] + n)
     bounds = [start + b for p, start in zip(packs, starts) for b in p.cu_seqlens[:-1]] + [starts[-1]]
     bounds += bounds[-1:] * (-len(bounds) % 64)                       # empty documents: few shapes, so few compilations
-    return {"ids": torch.cat([p.ids for p in packs]), "labels": torch.cat([p.labels for p in packs]),
-            "position_ids": torch.cat([p.position_ids for p in packs]),
-            "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+    words = {} if packs[0].words is None else {"words": [ids for p in packs for ids in p.words]}
+    return words | {"ids": torch.cat([p.ids for p in packs]), "labels": torch.cat([p.labels for p in packs]),
+            "position_ids": torch.cat([p.position_ids for p in packs]), "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
             "waveforms": [clip for p in packs for clip in p.audio.split(p.clip_samples)]}
 
 
@@ -695,6 +697,12 @@ class Adapter(nn.Module):
         return self.linear(x)
 
 
+def rope_speed(c, head, device=None):
+    """Radians by which each pair of a head turns from one position to the next: (head / 2,)."""
+    # transformers' own rounding: a unit in the last place of a speed is 1e-4 radians at position 1000
+    return 1 / c.rope_parameters["rope_theta"] ** (torch.arange(0, head, 2, device=device).float() / head)
+
+
 def rotate(x, rope):
     """Rotary positions: pairs (i, i + D/2) of x (T, H, D) turned by the angles of cosine and sine `rope`."""
     cos, sin = rope                                                               # (T, 1, D/2) float32
@@ -739,11 +747,7 @@ class LLM(nn.Module):
 
     def forward(self, x, position_ids, attend, recompute):
         """Embeddings (T, d) -> hidden states (T, d), ready for lm_head."""
-        half = self.head // 2
-        theta = self.config.rope_parameters["rope_theta"]
-        # transformers' own rounding: a unit in the last place of a speed is 1e-4 radians at position 1000
-        speed = 1 / theta ** (torch.arange(0, 2 * half, 2, device=x.device).float() / (2 * half))
-        angle = position_ids[:, None, None].float() * speed                       # (T, 1, D/2)
+        angle = position_ids[:, None, None].float() * rope_speed(self.config, self.head, x.device)     # (T, 1, D/2)
         x = run_blocks(self.model.layers, x, recompute, (angle.cos(), angle.sin()), attend)
         return self.model.norm(x)
 
@@ -822,13 +826,24 @@ class InSerter(nn.Module):
         targets, kept = (x.to(h.device, non_blocking=True) for x in (labels[kept], kept))
         return chunked_losses(h.index_select(0, kept), self.language_model.lm_head.weight, targets, chunk)
 
-    def forward(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk):
+    def word_loss(self, waveforms, words):
+        """Nats of each clip's words (lists of classes) by CTC (Graves et al. 2006), summed; <|AUDIO|> stands for the blank.
+
+        Encoder, adapter and LM head say, vector by vector, which word they hear; words without room among them are left out.
+        """
+        lengths, heard = [audio_positions(len(w)) for w in waveforms], self.hear(waveforms)
+        logits = nn.utils.rnn.pad_sequence(self.language_model.lm_head(heard).float().log_softmax(1).split(lengths))
+        targets, counts = torch.tensor([i for ids in words for i in ids]), [len(ids) for ids in words]
+        return F.ctc_loss(logits, targets.to(heard.device), lengths, counts, self.config.audio_token_index, "sum", zero_infinity=True)
+
+    def forward(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk, words=None):
         """Sum of the loss in nats, a float32 scalar. Every parameter takes part, with clips or without.
 
-        labels[t] (T,) int64 is the token that should FOLLOW position t, or -100 where none is asked for;
-        `chunk` positions at a time go through the head; the other arguments are those of `hidden`.
+        labels[t] (T,) int64 is the token that should FOLLOW position t, or -100 where none is asked for; `chunk` positions
+        at a time go through the head; the other arguments are those of `hidden`; with `words` the loss is `word_loss` alone.
         """
-        return self.losses(ids, labels, position_ids, cu_seqlens, waveforms, chunk).sum()
+        return (self.losses(ids, labels, position_ids, cu_seqlens, waveforms, chunk).sum() if words is None
+                else self.word_loss(waveforms or [torch.zeros(4 * HOP)], words or [[]]))
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -854,10 +869,12 @@ def fresh(name, shape, seed):
 
     Matrices are normal with standard deviation 1 / sqrt(3 inputs); those that write to the residual stream start at
     zero, so that every block is the identity at first and a token's embedding is not drowned; embeddings have
-    1 / sqrt(width); norms start as the identity and biases at zero.
+    1 / sqrt(width); norms start as the identity and biases at zero. Three things let an encoder hear sooner: a
+    convolution's filters sum to zero, for log-mel frames differ little from each other beside what they share;
+    positions are half as loud as Whisper's; its keys start as twice its queries, so that a frame looks at its neighbours.
     """
     if name.endswith("embed_positions.weight"):
-        return sinusoids(*shape)
+        return sinusoids(*shape) / 2
     if len(shape) == 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
@@ -865,6 +882,10 @@ def fresh(name, shape, seed):
     normal = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
         return normal / math.sqrt(shape[1])
+    if ".conv" in name:
+        return 3 * (normal - normal.mean((1, 2), keepdim=True)) / math.sqrt(math.prod(shape[1:]))
+    if name.startswith("audio_tower") and "k_proj" in name:
+        return 2 * fresh(name.replace("k_proj", "q_proj"), shape, seed)
     return normal / math.sqrt(3 * math.prod(shape[1:]))
 
 
@@ -892,10 +913,19 @@ def build(config, tensors, source):
 
 
 def random_model(config, seed):
-    """(c) InSerter from nothing but sizes: the same weights for the same config and seed, on any machine."""
+    """(c) InSerter from nothing but sizes: the same weights for the same config and seed, on any machine.
+
+    The LLM's first heads start by looking one, one, two, two, … tokens back, by their biases, which rotary positions turn.
+    To copy, a model must know what stood before each token; so it learns to repeat, and to hear, in fewer steps.
+    """
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in InSerter(config).state_dict().items()}
-    return build(config, {name: fresh(name, shape, seed) for name, shape in shapes.items()}, "random model")
+        model = InSerter(config)
+    tensors = {name: fresh(name, tuple(p.shape), seed) for name, p in model.state_dict().items()}
+    first, text, head = "language_model.model.layers.0.self_attn", config.text_config, model.language_model.head
+    turn = (1 + torch.arange(text.num_attention_heads) // 2)[:, None] * rope_speed(text, head)         # (Hq, D/2)
+    tensors[f"{first}.q_proj.bias"] = 4 * torch.cat([turn.cos(), -turn.sin()], 1).flatten()
+    tensors[f"{first}.k_proj.bias"] = 4.0 * (torch.arange(text.num_key_value_heads * head) % head < head // 2)
+    return build(config, tensors, "random model")
 
 
 def find_checkpoint(source):
@@ -967,8 +997,7 @@ def join_models(whisper, llm, audio_ids, seed):
     config = Qwen2AudioConfig(audio_config={"model_type": "qwen2_audio_encoder", **hears}, text_config=reads,
                               audio_token_index=audio_ids[0])
     audio = {name.removeprefix("model."): t for name, t in audio.items()}
-    tensors = {name.replace("encoder.", "audio_tower.", 1): t for name, t in audio.items()
-               if name.startswith("encoder.")}
+    tensors = {name.replace("encoder.", "audio_tower.", 1): t for name, t in audio.items() if name.startswith("encoder.")}
     if reads.get("tie_word_embeddings") and "model.embed_tokens.weight" in text:
         text["lm_head.weight"] = text["model.embed_tokens.weight"]
     tensors |= {f"language_model.{name}": t for name, t in text.items()}
@@ -1118,8 +1147,7 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], stop: str,
 
 def answer(model: InSerter, tok: Tokenizer, questions: list, max_tokens: int, batch: int) -> list[tuple[str, bool]]:
     """Answer typed (str) and spoken ((samples,) float32 at 16 kHz) questions greedily: (text, truncated) each."""
-    prompts = [encode(*question_sample(question), tok, reply=True) for question in questions]
-    return complete(model, tok, prompts, TURN_END, max_tokens, batch)
+    return complete(model, tok, [encode(*question_sample(q), tok, reply=True) for q in questions], TURN_END, max_tokens, batch)
 
 
 def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max_tokens: int, batch: int) -> list[str]:
@@ -1189,19 +1217,13 @@ def dev_samples(c: Config, recipe: str, count: int) -> list[tuple[dict, dict]]:
 
 def nats(model: InSerter, encoded: list[Encoded], chunk: int) -> float:
     """Sum of the losses of encoded samples, packed in one forward pass."""
-    lane = [torch.tensor(values) for values in ([i for e in encoded for i in e.ids], [i for e in encoded for i in e.labels])]
-    positions = torch.cat([torch.arange(len(e.ids)) for e in encoded])
-    bounds = torch.tensor([0, *np.cumsum([len(e.ids) for e in encoded])], dtype=torch.int32)
-    clips = [torch.from_numpy(clip) for e in encoded for clip in e.clips]
-    return float(model(*lane, positions, bounds, clips, chunk))
+    return float(model(**batch_of([packed(encoded, False, [], {})]), chunk=chunk))
 
 
 @torch.no_grad()
 def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
     """A point of the gap curve, samples shared out over the ranks. Text loss beside it shows what is forgotten."""
-    rank, world = rank_and_world()
-    sums, model_was_training = Counter(), model.training
-    model.eval()
+    (rank, world), sums = rank_and_world(), Counter()
     sources = {name: dev_samples(c, name, c.train.eval_samples)[rank::world] for name in ("interleaved", "text", "chat")}
     for at in range(0, c.train.eval_samples, 16):
         continued = ((*after_speech(sample), clips) for sample, clips in sources["interleaved"][at:at + 16])
@@ -1220,7 +1242,6 @@ def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
                    for s, clips in spoken]
         replies = complete(model, tok, opening, TURN_END, c.bench.max_tokens, c.bench.batch) if opening else []
         sums[way] += sum(reply == s["messages"][1]["content"][0]["text"] for (reply, _), (s, _) in zip(replies, spoken))
-    model.train(model_was_training)
     keys = ("characters", "heard", "typed", "text characters", "text", "questions", "spoken", "typed out")
     total = dict(zip(keys, all_reduce([float(sums[key]) for key in keys])))
     point = {}
@@ -1236,17 +1257,15 @@ def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
 
 def draw_curves(c: Config) -> None:
     """runs/<run>/curves.png: the training loss, the gap curve and obedience on dev, by step."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in (run_folder(c) / "metrics.jsonl").read_text().splitlines()]
     shown, starts = [(r["step"], r.get("eval", r)) for r in rows], {r["stage"]: r["step"] for r in reversed(rows)}
     panels = (("training loss", "nats per target", ("loss",)),
               ("dev: text after speech, heard and typed", "nats per character", ("heard", "typed", "gap", "text")),
               ("dev: answers equal to the reference", "share", ("obeys spoken", "obeys typed")))
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4), layout="constrained")
-    for axis, (title, unit, keys) in zip(axes, panels):
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    for axis, (title, unit, keys) in zip(figure.subplots(1, 3), panels):
         for key in keys:
             points = [(step, values[key]) for step, values in shown if key in values]
             axis.plot(*zip(*points), marker="" if key == "loss" else "o", ms=3, lw=0.8 if key == "loss" else 1.5, label=key)
@@ -1254,11 +1273,10 @@ def draw_curves(c: Config) -> None:
             axis.axvline(first, color="0.8", lw=1, zorder=0)
         axis.set(title=title, xlabel="step", ylabel=unit)
         axis.legend() if any(key in values for key in keys for _, values in shown) else None
-    axes[0].set_yscale("log" if any("loss" in values for _, values in shown) else "linear")             # a short run logs none
+    figure.axes[0].set_yscale("log" if any("loss" in values for _, values in shown) else "linear")             # a short run logs none
     for stage, first in starts.items():
-        axes[0].text(first, 0.98, f" {stage}", transform=axes[0].get_xaxis_transform(), va="top", fontsize=8)
+        figure.axes[0].text(first, 0.98, f" {stage}", transform=figure.axes[0].get_xaxis_transform(), va="top", fontsize=8)
     figure.savefig(run_folder(c) / "curves.png", dpi=110)
-    pyplot.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1390,8 +1408,7 @@ def make_optimizers(c: Config, model: InSerter, stage: synth.Stage) -> list[torc
             p.requires_grad_(rate > 0)
         matrices = [p for n, p in named if c.train.optimizer == "muon" and p.ndim == 2
                     and "embed" not in n and "lm_head" not in n]
-        inside = set(matrices)
-        others = [p for _, p in named if p not in inside]
+        others = [p for _, p in named if all(p is not m for m in matrices)]
         if rate > 0:
             groups["muon"] += [{"params": matrices, "lr": 0.0, "rate": stage.muon_lr * rate}] if matrices else []
             decayed, plain = [p for p in others if p.ndim > 1], [p for p in others if p.ndim == 1]
@@ -1420,7 +1437,7 @@ def step_flops(model: InSerter, pack: Pack) -> float:
     encoder = a.encoder_layers * block + 2 * 3 * a.d_model * (2 * a.num_mel_bins + a.d_model) * frames.sum()
     layer = 2 * t.hidden_size * (2 * heads + 2 * kv + 3 * t.intermediate_size) * tokens.sum() + 2 * heads * (tokens ** 2).sum()
     ends = 2 * t.hidden_size * (a.d_model * heard + t.vocab_size * pack.supervised)              # adapter and LM head
-    return 3 * float(encoder + t.num_hidden_layers * layer + ends)
+    return 3 * float(encoder + (pack.words is None) * t.num_hidden_layers * layer + ends)
 
 
 def rate_at(stage: synth.Stage, step: int, progress: float) -> float:
@@ -1496,10 +1513,9 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
     restore_slots(model, optimizers, slots)
     lanes = list(range(rank, stage.packs, world))
     feed = Feed(c, tok, at.stage, lanes, {int(lane): cursor for lane, cursor in at.cursors.items()}, device_here().type == "cuda")
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = DistributedDataParallel(model, find_unused_parameters=stage.ctc) if world > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
     log = Log(c, at, stage)
-    model.train()
     stop = False
     while at.share(stage) < 1 and not stop:
         packs, facts = next_packs(model, feed, stopping)
@@ -1612,8 +1628,7 @@ def fresh_model(c: Config, tok: Tokenizer) -> InSerter:
     if m.encoder:
         return join_models(m.encoder, m.llm, [tok.special[name] for name in (AUDIO, AUDIO_BOS, AUDIO_EOS)], c.seed)
     audio = {"num_mel_bins": m.mels, "d_model": m.encoder_width, "encoder_layers": m.encoder_layers,
-             "encoder_attention_heads": m.encoder_heads, "encoder_ffn_dim": 4 * m.encoder_width,
-             "max_source_positions": MAX_FRAMES // 2}
+             "encoder_attention_heads": m.encoder_heads, "encoder_ffn_dim": 4 * m.encoder_width, "max_source_positions": MAX_FRAMES // 2}
     text = {"vocab_size": m.vocab, "hidden_size": m.llm_width, "num_hidden_layers": m.llm_layers,
             "num_attention_heads": m.llm_heads, "num_key_value_heads": m.llm_kv_heads, "intermediate_size": m.llm_ffn, "tie_word_embeddings": m.tie,
             "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta}, "max_position_embeddings": 32768}

@@ -394,17 +394,18 @@ def story(rng: random.Random) -> str:
     sentences: list[str] = []
     while len(sentences) < 4:
         a, b = rng.sample(NAMES, 2)
-        (x, y, z), (here, there) = rng.sample(NOUNS + KEYWORDS, 3), rng.sample(PLACES, 2)
-        n, m, times = rng.randint(1, 10), rng.randint(1, 10), rng.randint(2, 5)
+        (x, *more), (here, there) = rng.sample(NOUNS + KEYWORDS, rng.randint(3, 6)), rng.sample(PLACES, 2)
+        n, m, times, line = rng.randint(1, 10), rng.randint(1, 10), rng.randint(2, 5), " ".join([x, *more])
         sentences += rng.choice([
             [f"{a} puts the {x} in the {here}.", f"{b} takes the {x} to the {there}.", f"now the {x} is in the {there}."],
             [f"{a} has {NUMBERS[n]} apples and gets {NUMBERS[m]} more.", f"{NUMBERS[n]} and {NUMBERS[m]} make {NUMBERS[n + m]}.",
              f"now {a} has {NUMBERS[n + m]} apples."],
             [f"{a} likes the {here} and {b} likes the {there}.", f"so {a} goes to the {here}."],
-            [f"{a} says {x} {y} {z}.", f"{b} says {x} {y} {z} too."],
-            [f"{a} says {x} {y} {z}.", f"backwards it is {z} {y} {x}."],
+            [f"{a} says {line}.", f"{b} says {line} too."],
+            [f"{a} says {line}.", f"backwards it is {' '.join([*more[::-1], x])}."],
+            [f"{a} says {line}.", f"{b} cries {line.upper()}."],
             [f"{a} says {x} {NUMBERS[times]} times.", f"we hear {' '.join([x] * times)}."],
-            [f"{a} says {x} and {y}.", f"{b} cries {x.upper()} and {y.upper()}."],
+            [f"the sum of {NUMBERS[n]} and {NUMBERS[m]} is {NUMBERS[n + m]}."],
             [f"{a} counts from {NUMBERS[n]} to {NUMBERS[n + times]}.", f"we hear {', '.join(NUMBERS[n:n + times + 1])}."],
             [fact(rng)], [fact(rng), fact(rng)]])
     return " ".join(sentences)
@@ -1036,15 +1037,18 @@ def message(m: dict, spoken: float, s: Synth, rng: random.Random, loss: bool, ta
 
 
 def tasks(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
-    """Speech tasks: one sentence or question is spoken, then transcribed, or its speaker or speed is named."""
-    if "messages" in document:
-        texts = [m["content"] for m in document["messages"] if m["role"] == "user"]
-    else:
-        texts = [document["text"][a:b] for a, b in sentences(document["text"])]
-    for text in rng.sample(texts, min(2, len(texts))):
-        task = rng.choices(list(s.tasks), list(s.tasks.values()))[0]
-        answer = {"role": "answer", "task": task}
-        yield {"parts": [{"role": "speech", "text": text}, text_part(TASKS[task]["ask"], False), answer], "messages": None}
+    """Speech tasks: some words of a sentence or question are spoken, then transcribed, or their speaker or speed is named.
+
+    Short clips teach hearing sooner than whole sentences do, for little else than the clip tells what was said.
+    """
+    whole = [m["content"] for m in document.get("messages", []) if m["role"] == "user"] or [
+        document["text"][a:b] for a, b in sentences(document.get("text", ""))]
+    texts = [text for text in whole if WORD.search(text)]
+    for text in rng.choices(texts, k=4 * bool(texts)):
+        cuts = [*(m.start() for m in WORD.finditer(text)), len(text)]
+        a, b = sorted(rng.sample(cuts, 2))
+        task, part = rng.choices(list(s.tasks), list(s.tasks.values()))[0], {"role": "speech", "text": text[a:b].rstrip(" ,")}
+        yield {"parts": [part, text_part(TASKS[task]["ask"], False), {"role": "answer", "task": task}], "messages": None}
 
 
 def typed(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
@@ -1086,7 +1090,7 @@ def plan_shard(c: Config, recipe: str, split: str, shard: int) -> list[dict]:
         document = json.loads(line)
         rng = random.Random(f"{c.seed} {recipe} {split} {shard} {len(samples)}")
         for sample in RECIPES[recipe](document, s, rng):
-            name = f"{recipe}-{split}-{shard * 2 * s.shard_documents + len(samples):06d}"
+            name = f"{recipe}-{split}-{shard * 4 * s.shard_documents + len(samples):06d}"
             for parts in parts_of(sample):
                 plan_voices(parts, recipe, voices, s, rng)
             samples.append({"id": name, "recipe": recipe, "lang": s.lang} | sample)
@@ -1455,6 +1459,7 @@ class Model:
 @dataclasses.dataclass
 class Stage:
     warmup: bool
+    ctc: bool
     steps: int | None
     tokens: int | None
     mix: dict[str, float]

@@ -350,7 +350,7 @@ def test_kernels_compile_for_hopper():
 def flops_by_formula(samples, text, supervised):
     heard = M.audio_positions(samples) if samples else 0
     clips = [samples] if samples else []
-    pack = M.Pack(None, None, None, [0, heard + text, heard + text + 9], None, clips, [], supervised, 9, [], {})
+    pack = M.Pack(None, None, None, [0, heard + text, heard + text + 9], None, clips, None, [], supervised, 9, [], {})
     return M.step_flops(small_model(), pack)
 
 

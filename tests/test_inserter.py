@@ -5,6 +5,7 @@ The tests are meant to be read: the first section spells out the loss mask of ev
 import json
 import math
 import random
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,7 @@ def write_recipe(c, name, samples, shards=2, clip=CLIP):
 @pytest.fixture(scope="module")
 def c(tmp_path_factory):
     """Settings of a data folder of three recipes, 21 samples each, and a tokenizer on which every word of STORY is a token."""
-    stage = ("{one: {warmup: false, steps: 9, tokens: null, mix: {text: 0.3, interleaved: 0.5, tasks: 0.2}, packs: 4, lr: 1.0e-3, "
+    stage = ("{one: {warmup: false, ctc: false, steps: 9, tokens: null, mix: {text: 0.3, interleaved: 0.5, tasks: 0.2}, packs: 4, lr: 1.0e-3, "
              "muon_lr: 1.0e-2, parts: {encoder: 1.0, adapter: 1.0, llm: 1.0}, ramp: 4, floor: 0.1}}")
     c = synth.load_config([f"data={tmp_path_factory.mktemp('data')}", f"train.stages={stage}", "train.pack_length=40", *TINY])
     rng, words = random.Random(0), STORY.split()
@@ -386,7 +387,7 @@ def test_every_trained_parameter_is_in_one_group(c, model, optimizer, frozen):
 
 def test_rates():
     """Linear over `ramp` steps, times a cosine from 1 to `floor`."""
-    stage = synth.Stage(False, 100, None, {}, 4, 1.0, 1.0, {}, 10, 0.1)
+    stage = synth.Stage(False, False, 100, None, {}, 4, 1.0, 1.0, {}, 10, 0.1)
     at = [M.rate_at(stage, step, step / 100) for step in range(101)]
     assert at[0] == pytest.approx(0.1) and at[4] == pytest.approx(0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.04)) / 2))
     assert at[50] == pytest.approx(0.55) and at[100] == pytest.approx(0.1) and M.rate_at(stage, 500, 5.0) == pytest.approx(0.1)
@@ -409,6 +410,26 @@ def test_gradients_are_of_the_mean_over_targets(c, tok, model):
     for loss, grad in found:
         assert loss == pytest.approx(mean.item() * targets, rel=1e-5)
         torch.testing.assert_close(grad, model.multi_modal_projector.linear.weight.grad, rtol=1e-3, atol=1e-6)
+    model.zero_grad()
+
+
+def test_a_ctc_stage_asks_for_the_words_heard(c, tok, model):
+    """Targets are the words of every clip, in lower case; encoder and adapter learn, the LLM is not even run."""
+    one = replace(c, train=replace(c.train, stages={"one": replace(c.train.stages["one"], ctc=True, mix={"interleaved": 1.0})}))
+    paths, said = sorted(Path(c.data).glob("interleaved/train-*.tar")), {}
+    for sample in (synth.read_sample(path, n)[0] for path in paths for n in range(synth.read_index(path)["count"])):
+        said[sample["id"]] = [re.findall(r"\w+", part["text"].lower()) for part in sample["parts"] if part["role"] == "speech"]
+    packs = [lane(one, tok, number).pack() for number in range(2)]
+    for p in packs:
+        assert [tok.decode([i - 1 for i in ids]).split() for ids in p.words] == [words for name in p.names for words in said[name]]
+        assert len(p.words) == len(p.clip_samples)
+        assert p.supervised == sum(len(ids) for ids in p.words) > 0
+    model.zero_grad()
+    loss = M.backward(one, model, packs, sum(p.supervised for p in packs))
+    assert math.isfinite(loss) and loss > 0
+    touched = {M.part_of(name) for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched == {"encoder", "adapter", "llm"} and all(
+        p.grad is None for name, p in model.named_parameters() if ".layers." in name and M.part_of(name) == "llm")
     model.zero_grad()
 
 

@@ -1,5 +1,7 @@
 """The model against WhisperFeatureExtractor, Whisper's encoder and transformers' Qwen2-Audio."""
+import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -263,7 +265,28 @@ def test_random_weights_depend_on_the_seed_alone():
     assert torch.equal(a[name], M.random_model(config(vocab_size=128), 1).state_dict()[name])
     assert not torch.equal(a[name], M.random_model(config(), 2).state_dict()[name])
     from transformers.models.whisper.modeling_whisper import sinusoids
-    torch.testing.assert_close(a["audio_tower.embed_positions.weight"], sinusoids(1500, 16))
+    torch.testing.assert_close(a["audio_tower.embed_positions.weight"], sinusoids(1500, 16) / 2)
+    assert a["audio_tower.conv1.weight"].sum((1, 2)).abs().max() < 1e-5 < a["audio_tower.conv1.weight"].abs().min()
+    heads = {name: a[f"audio_tower.layers.0.self_attn.{name}_proj.weight"] for name in "qk"}
+    assert torch.equal(heads["k"], 2 * heads["q"]) and heads["q"].std() > 0.1
+
+
+def test_first_heads_start_by_looking_back():
+    """Head h of the first layer attends to the token h // 2 + 1 positions back, for most tokens and on average."""
+    fresh = M.random_model(config(hidden_size=160, num_attention_heads=5, num_key_value_heads=5,
+                                  rope_parameters={"rope_type": "default", "rope_theta": 100.0}), 1)
+    seen = {}
+
+    def attend(q, k, v, layer):
+        seen.setdefault(layer, torch.einsum("qhd,khd->hqk", q, k) / 32 ** 0.5)
+        return v
+    with torch.no_grad():
+        positions = torch.arange(40)
+        fresh.language_model(fresh.embed(text(40, 3), []), positions, attend, False)
+    for head, scores in enumerate(seen[0]):
+        late = scores.masked_fill(positions[None] > positions[:, None], -torch.inf)[10:]
+        there = positions[10:, None] - 1 - head // 2
+        assert (late.argmax(1, keepdim=True) == there).float().mean() > 0.6 and late.softmax(1).gather(1, there).mean() > 0.4, head
 
 
 def broken(folder, damage):
@@ -443,3 +466,21 @@ def test_audio_ids_are_never_chosen():
     model.language_model.lm_head.weight.data[[AUDIO, BOS, EOS]] *= 100
     for answer, truncated in M.generate(model, prompts(), 6, [], [BOS, EOS]):
         assert truncated and max(answer) != AUDIO and not {AUDIO, BOS, EOS} & set(answer)
+
+
+# ---- CTC: what is heard, without the LLM ----
+
+def test_word_loss_is_the_sum_over_all_alignments():
+    """Against the definition: the probability of a clip's words is that of every way to lay them on its vectors."""
+    model, clips, words = loud(M.random_model(config(), 1)), [clip(2400, 1), clip(1600, 2), clip(3000, 3)], [[5, 5], [7], []]
+    total = 0.0
+    with torch.no_grad():
+        for w, ids in zip(clips, words):
+            odds = model.language_model.lm_head(model.hear([w])).double().softmax(1)                     # (vectors, V)
+            kept = sorted({AUDIO, *ids})
+            paths = [path for path in itertools.product(kept, repeat=len(odds))
+                     if [i for i, _ in itertools.groupby(path) if i != AUDIO] == ids]
+            total -= math.log(sum(math.prod(float(odds[t, i]) for t, i in enumerate(path)) for path in paths))
+        assert float(model.word_loss(clips, words)) == pytest.approx(total, rel=1e-5)
+        assert float(model.word_loss(clips[:1], [[5] * 40])) == 0                      # more words than vectors: left out
+        assert math.isfinite(float(model(*[None] * 4, [], 64, [])))                    # a pack without clips

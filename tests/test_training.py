@@ -23,8 +23,8 @@ COMMON = "tokens: null, packs: 4, lr: 1.0e-2, muon_lr: 0.02, parts: {encoder: 1.
 
 def stages(*steps, rest=COMMON):
     """Stages of so many steps each: `pretrain` on the mix of recipes, then perhaps `sft` on dialogues."""
-    both = [f"pretrain: {{warmup: false, steps: {steps[0]}, mix: {MIX}, {rest}}}"]
-    both += [f"sft: {{warmup: false, steps: {n}, mix: {{chat: 1.0}}, {rest}}}" for n in steps[1:]]
+    both = [f"pretrain: {{warmup: false, ctc: false, steps: {steps[0]}, mix: {MIX}, {rest}}}"]
+    both += [f"sft: {{warmup: false, ctc: false, steps: {n}, mix: {{chat: 1.0}}, {rest}}}" for n in steps[1:]]
     return f"train.stages={{{', '.join(both)}}}"
 
 
@@ -132,6 +132,18 @@ def test_two_ranks_train_the_same_model_with_adamw(runner, many, twenty, tmp_pat
     one, two = (all_weights(folder, 5) for folder in (twenty, tmp_path))
     assert distance(two, one) < 1e-5
     print(f"\n1 and 2 ranks, AdamW: gradients of step 1 within {max(worst.values()):.1e}, weights after 5 steps {distance(two, one):.1e}")
+
+
+def test_a_ctc_stage_on_two_ranks(runner, many, tmp_path):
+    """It does not run the LLM's blocks: their weights stay, and no rank waits for their gradients."""
+    ctc = f"train.stages={{pretrain: {{warmup: false, ctc: true, steps: 3, mix: {{tasks: 1.0}}, {COMMON}}}}}"
+    for world in (1, 2):
+        assert runner(tmp_path / str(world), *many, ctc, world=world)["codes"] == [0] * world
+    first, last, other = all_weights(tmp_path / "1", 1), all_weights(tmp_path / "1", 3), all_weights(tmp_path / "2", 3)
+    assert distance(other, last) < 1e-5 < distance(first, last)
+    weights = [load_file(folder / "state.safetensors") for folder in states(tmp_path / "1")]
+    blocks = [name for name in weights[0] if name.startswith("weight.language_model.model.layers")]
+    assert blocks and all(torch.equal(weights[0][name], weights[-1][name]) for name in blocks)
 
 
 def test_two_ranks_with_muon(runner, many, twenty, tmp_path):
