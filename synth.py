@@ -396,6 +396,7 @@ def story(rng: random.Random) -> str:
         a, b = rng.sample(NAMES, 2)
         (x, *more), (here, there) = rng.sample(NOUNS + KEYWORDS, rng.randint(3, 6)), rng.sample(PLACES, 2)
         n, m, times, line = rng.randint(1, 10), rng.randint(1, 10), rng.randint(2, 5), " ".join([x, *more])
+        span, counted = draw_arguments("count", rng)
         sentences += rng.choice([
             [f"{a} puts the {x} in the {here}.", f"{b} takes the {x} to the {there}.", f"now the {x} is in the {there}."],
             [f"{a} has {NUMBERS[n]} apples and gets {NUMBERS[m]} more.", f"{NUMBERS[n]} and {NUMBERS[m]} make {NUMBERS[n + m]}.",
@@ -405,18 +406,17 @@ def story(rng: random.Random) -> str:
             [f"{a} says {line}.", f"backwards it is {' '.join([*more[::-1], x])}."],
             [f"{a} says {line}.", f"{b} cries {line.upper()}."],
             [f"{a} says {x} {NUMBERS[times]} times.", f"we hear {' '.join([x] * times)}."],
-            [f"the sum of {NUMBERS[n]} and {NUMBERS[m]} is {NUMBERS[n + m]}."],
-            [f"{a} counts from {NUMBERS[n]} to {NUMBERS[n + times]}.", f"we hear {', '.join(NUMBERS[n:n + times + 1])}."],
+            [f"{a} counts from {span}.", f"we hear {', '.join(counted)}."],
+            [f"{a} counts from {span}.", f"{b} cries {' '.join(counted).upper()}."],
             [fact(rng)], [fact(rng), fact(rng)]])
     return " ".join(sentences)
 
 
 def fact(rng: random.Random) -> str:
-    """State a fact; now and then its word is said again louder, so that every word is met in capitals."""
-    kind = rng.choice(sorted(FACTS))
-    x = rng.choice(sorted(FACTS[kind]))
-    y = FACTS[kind][x]
-    return KINDS[kind]["fact"].format(x=x, y=y) + rng.choice(["", "", f" yes, {y.upper()}."])
+    """State a fact; half the time its word is said again louder, so that every word is met in capitals."""
+    kind = rng.choice([*sorted(FACTS), "sum", "sum", "sum"])           # many sums, for there are a hundred
+    x, (y,) = draw_arguments(kind, rng)
+    return KINDS[kind]["fact"].format(x=x, y=y) + rng.choice(["", f" yes, {y.upper()}."])
 
 
 def dialogue(rng: random.Random, split: str) -> list[dict]:
@@ -1594,7 +1594,7 @@ KINDS = {
     "home": {"ask": ["where does the {x} live", "what is the home of the {x}"], "again": "the {x}", "fact": "the {x} lives in the {y}."},
     "worker": {"ask": ["who is it that {x}", "tell me who {x}"], "again": "who {x}", "fact": "the {y} {x}."},
     "food": {"ask": ["what does the {x} eat", "which food does the {x} like"], "again": "the {x}", "fact": "the {x} eats {y}."},
-    "sum": {"ask": ["what is the sum of {x}", "how much is {x}", "add {x}"], "again": "{x}"},
+    "sum": {"ask": ["what is the sum of {x}", "how much is {x}", "add {x}"], "again": "{x}", "fact": "the sum of {x} is {y}."},
     "count": {"ask": ["count from {x}", "please count from {x}"], "again": "from {x}"},
     "repeat": {"ask": ["repeat the words {x}", "say after me {x}"], "again": "{x}"},
     "say": {"ask": ["say the word {x}", "please say {x}"], "again": "{x}"},
