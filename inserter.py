@@ -832,8 +832,9 @@ class InSerter(nn.Module):
         Encoder, adapter and LM head say, vector by vector, which word they hear; words without room among them are left out.
         """
         lengths, heard = [audio_positions(len(w)) for w in waveforms], self.hear(waveforms)
-        logits = nn.utils.rnn.pad_sequence(self.language_model.lm_head(heard).float().log_softmax(1).split(lengths))
+        logits = self.language_model.lm_head(heard).float().log_softmax(1).split(lengths)
         targets, counts = torch.tensor([i for ids in words for i in ids]), [len(ids) for ids in words]
+        logits = nn.utils.rnn.pad_sequence(logits, batch_first=True).transpose(0, 1)        # the cheaper copy
         return F.ctc_loss(logits, targets.to(heard.device), lengths, counts, self.config.audio_token_index, "sum", zero_infinity=True)
 
     def forward(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk, words=None):

@@ -390,12 +390,15 @@ def disfluent(prompt: str, rng: random.Random) -> str:
 
 
 def story(rng: random.Random) -> str:
-    """Write four sentences or a few more; most need an earlier one (where the ball is now, how many, what was said)."""
+    """Write four sentences or a few more; most need an earlier one (where the ball is now, how many, what was said).
+
+    What people say is any words of the world: a word that is rare in facts and questions is heard often enough here.
+    """
     sentences: list[str] = []
     while len(sentences) < 4:
         a, b = rng.sample(NAMES, 2)
-        (x, *more), (here, there) = rng.sample(NOUNS + KEYWORDS, rng.randint(3, 6)), rng.sample(PLACES, 2)
-        n, m, times, line = rng.randint(1, 10), rng.randint(1, 10), rng.randint(2, 5), " ".join([x, *more])
+        x, words, (here, there) = rng.choice(NOUNS + KEYWORDS), rng.sample(LEXICON, rng.randint(3, 6)), rng.sample(PLACES, 2)
+        n, m, times, line = rng.randint(1, 10), rng.randint(1, 10), rng.randint(2, 5), " ".join(words)
         span, counted = draw_arguments("count", rng)
         sentences += rng.choice([
             [f"{a} puts the {x} in the {here}.", f"{b} takes the {x} to the {there}.", f"now the {x} is in the {there}."],
@@ -403,7 +406,7 @@ def story(rng: random.Random) -> str:
              f"now {a} has {NUMBERS[n + m]} apples."],
             [f"{a} likes the {here} and {b} likes the {there}.", f"so {a} goes to the {here}."],
             [f"{a} says {line}.", f"{b} says {line} too."],
-            [f"{a} says {line}.", f"backwards it is {' '.join([*more[::-1], x])}."],
+            [f"{a} says {line}.", f"backwards it is {' '.join(words[::-1])}."],
             [f"{a} says {line}.", f"{b} cries {line.upper()}."],
             [f"{a} says {x} {NUMBERS[times]} times.", f"we hear {' '.join([x] * times)}."],
             [f"{a} counts from {span}.", f"we hear {', '.join(counted)}."],
@@ -1037,7 +1040,7 @@ def message(m: dict, spoken: float, s: Synth, rng: random.Random, loss: bool, ta
 
 
 def tasks(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
-    """Speech tasks: some words of a sentence or question are spoken, then transcribed, or their speaker or speed is named.
+    """Speech tasks: a sentence or question, or some words of it, is spoken, then transcribed, or its speaker or speed is named.
 
     Short clips teach hearing sooner than whole sentences do, for little else than the clip tells what was said.
     """
@@ -1046,7 +1049,7 @@ def tasks(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
     texts = [text for text in whole if WORD.search(text)]
     for text in rng.choices(texts, k=4 * bool(texts)):
         cuts = [*(m.start() for m in WORD.finditer(text)), len(text)]
-        a, b = sorted(rng.sample(cuts, 2))
+        a, b = sorted(rng.sample(cuts, 2)) if rng.random() < 0.7 else (cuts[0], cuts[-1])
         task, part = rng.choices(list(s.tasks), list(s.tasks.values()))[0], {"role": "speech", "text": text[a:b].rstrip(" ,")}
         yield {"parts": [part, text_part(TASKS[task]["ask"], False), {"role": "answer", "task": task}], "messages": None}
 
@@ -1573,6 +1576,7 @@ FACTS = {
     "food": _table("rabbit lettuce, monkey bananas, panda bamboo, mouse cheese, horse hay, squirrel nuts, bear honey, bird worms, "
                    "spider flies, dog bones, cat mice, whale plankton"),
 }
+LEXICON = sorted({*NOUNS, *KEYWORDS, *NUMBERS}.union(*(f"{x} {y}".split() for table in FACTS.values() for x, y in table.items())))
 COMPUTED = ("sum", "count", "repeat", "say", "backwards")            # whole arguments are held out
 LISTS = ("count", "repeat", "say", "backwards", "name")              # answered by several words
 VERBATIM = ("repeat", "say")                                         # the answer stands in the prompt
