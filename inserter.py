@@ -1276,7 +1276,7 @@ def draw_curves(c: Config) -> None:
         axis.legend() if any(key in values for key in keys for _, values in shown) else None
     figure.axes[0].set_yscale("log" if any("loss" in values for _, values in shown) else "linear")             # a short run logs none
     for stage, first in starts.items():
-        figure.axes[0].text(first, 0.98, f" {stage}", transform=figure.axes[0].get_xaxis_transform(), va="top", fontsize=8)
+        figure.axes[0].text(first, 0.98, stage, transform=figure.axes[0].get_xaxis_transform(), va="top", rotation=90, fontsize=8)
     figure.savefig(run_folder(c) / "curves.png", dpi=110)
 
 
@@ -1537,7 +1537,7 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
         # From here on nothing is training: log, evaluate, save.
         log.step(all_reduce([loss])[0], rate, float(norm), facts)
         done = at.share(stage) >= 1
-        if at.step % c.train.eval_every == 0 or done:
+        if (at.step % c.train.eval_every == 0 or done) and not stage.ctc:            # an LLM that nobody taught has no gap
             log.point(evaluate(c, model, tok))
         if at.step % c.train.save_every == 0 or done or stop:
             save_run(c, model, tok, optimizers, at, feed)
