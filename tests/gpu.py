@@ -414,12 +414,8 @@ def make_sample(sample, config, rng):
 
 def our_pack(samples, left):
     """A pack as the lanes of inserter.py make it."""
-    tail = [([0] * left, [M.IGNORE] * left, [])] if left else []
-    lengths, clips = [len(ids) for ids, _, _ in samples + tail], [c for _, _, clips in samples for c in clips]
-    labels = torch.tensor([i for _, ls, _ in samples + tail for i in ls])
-    return M.Pack(torch.tensor([i for ids, _, _ in samples + tail for i in ids]), labels, torch.cat([torch.arange(n) for n in lengths]),
-                  [0, *np.cumsum(lengths).tolist()], torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *clips])),
-                  [len(c) for c in clips], [], int((labels != M.IGNORE).sum()), left, [], {})
+    documents = [M.Encoded("sample", ids, labels, clips, []) for ids, labels, clips in samples]
+    return M.packed(documents + ([M.Encoded("", [0] * left, [M.IGNORE] * left, [], [])] if left else []), False, [], {})
 
 
 def their_batches(samples, config, at_once):
@@ -575,7 +571,7 @@ def measure_tiny(folder):
         print("\nthe tiny run is left out: espeakng_loader is not installed")
         return {"left out": "espeakng_loader is not installed"}
     steps = 2 if DRY else 200
-    stages = [f"train.stages.{name}.steps={steps}" for name in ("warmup_text", "warmup_speech", "pretrain", "sft")]
+    stages = [f"train.stages.{name}.steps={steps}" for name in ("warmup_hear", "warmup_text", "warmup_speech", "pretrain", "sft")]
     settings = ["synth.documents=2000", "synth.held_out_documents=40", "synth.shard_documents=500", f"data={folder / 'data'}", "run=gpu", *stages,
                 "synth.shards={interleaved: 1, tasks: 1, text: 1, chat: 1}", "train.eval_samples=8"]
     begin = time.perf_counter()

@@ -237,8 +237,12 @@ def test_later_sentences_of_a_story_need_earlier_ones():
         for m in sums:
             a, b = re.search(rf".*\b{m[1]} has (\w+) apples and gets (\w+) more", text[:m.start()]).groups()
             assert synth.NUMBERS.index(a) + synth.NUMBERS.index(b) == synth.NUMBERS.index(m[2])
-        needing += bool(moves or sums)
-    assert needing / total > 0.4
+        said = list(re.finditer(r"(\w+) says ((?:\w+ ){2,5}\w+)\. (?:(\w+ says|\w+ cries|backwards it is) ([\w ]+)\.)", text))
+        for m in said:
+            again = m[4].lower().removesuffix(" too").split()
+            assert m[2].split() == (again[::-1] if m[3] == "backwards it is" else again), text
+        needing += bool(moves or sums or said)
+    assert needing / total > 0.6
 
 
 # --------------------------------------------------------------------------------------------------
