@@ -1216,9 +1216,10 @@ def dev_samples(c: Config, recipe: str, count: int) -> list[tuple[dict, dict]]:
     return found
 
 
-def nats(model: InSerter, encoded: list[Encoded], chunk: int) -> float:
+def nats(c: Config, model: InSerter, encoded: list[Encoded]) -> float:
     """Sum of the losses of encoded samples, packed in one forward pass."""
-    return float(model(**batch_of([packed(encoded, False, [], {})]), chunk=chunk))
+    with mixed_precision(c):
+        return float(model(**batch_of([packed(encoded, False, [], {})]), chunk=c.train.loss_chunk))
 
 
 @torch.no_grad()
@@ -1232,10 +1233,10 @@ def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
             sums["characters"] += sum(n for _, n, _ in batch)
             for way in ("heard", "typed"):
                 encoded = [encode(s, clips, tok, typed=way == "typed") for s, _, clips in batch]
-                sums[way] += nats(model, encoded, c.train.loss_chunk)
+                sums[way] += nats(c, model, encoded)
         if texts := sources["text"][at:at + 16]:
             sums["text characters"] += sum(len(p["text"]) for s, _ in texts for parts in synth.parts_of(s) for p in parts)
-            sums["text"] += nats(model, [encode(s, clips, tok) for s, clips in texts], c.train.loss_chunk)
+            sums["text"] += nats(c, model, [encode(s, clips, tok) for s, clips in texts])
     spoken = [(s, clips) for s, clips in sources["chat"] if any(p["role"] == "speech" for p in s["messages"][0]["content"])]
     sums["questions"] += len(spoken)
     for way in ("spoken", "typed out"):
@@ -1377,6 +1378,12 @@ def device_here() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def mixed_precision(c: Config):
+    """Context in which matrix products are bfloat16, where train.precision wants that here."""
+    half = c.train.precision == "bfloat16" or (c.train.precision == "auto" and device_here().type == "cuda")
+    return torch.autocast(device_here().type, torch.bfloat16, enabled=half)
+
+
 def all_reduce(values: list[float]) -> list[float]:
     """Sum over the ranks; float64 keeps counts and checksums exact."""
     if not dist.is_initialized():
@@ -1467,12 +1474,11 @@ def backward(c: Config, network, packs: list[Pack], targets: float) -> float:
     Returns this rank's summed loss in nats.
     """
     world, device, total = rank_and_world()[1], device_here(), torch.zeros(())
-    half = c.train.precision == "bfloat16" or (c.train.precision == "auto" and device.type == "cuda")
     groups = [packs[i:i + c.train.packs_at_once] for i in range(0, len(packs), c.train.packs_at_once)]
     for group in groups:
         apart = isinstance(network, DistributedDataParallel) and group is not groups[-1]
         with network.no_sync() if apart else contextlib.nullcontext():
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            with mixed_precision(c):
                 loss = network(**batch_of(group), chunk=c.train.loss_chunk)
             (loss * (world / max(targets, 1))).backward()
         total = total.to(device) + loss.detach()                      # read at the end: nothing in between waits for a GPU
@@ -1516,8 +1522,7 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
     feed = Feed(c, tok, at.stage, lanes, {int(lane): cursor for lane, cursor in at.cursors.items()}, device_here().type == "cuda")
     network = DistributedDataParallel(model, find_unused_parameters=stage.ctc) if world > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
-    log = Log(c, at, stage)
-    stop = False
+    log, stop = Log(c, at, stage), False
     while at.share(stage) < 1 and not stop:
         packs, facts = next_packs(model, feed, stopping)
         stop = facts["stop"] > 0                                      # after this step, which the cursors already count
