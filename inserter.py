@@ -108,7 +108,7 @@ class Encoded:
     ids: list[int]
     labels: list[int]
     clips: list[np.ndarray]
-    words: list[list[int]]        # classes of each clip's words, which a CTC stage asks for
+    words: list[list[int]]        # tokens of each clip's words in small letters, which a CTC stage asks for
 
 
 def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bool = False, reply: bool = False) -> Encoded:
@@ -142,8 +142,7 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
                 put(tok(text), False)
             else:
                 heard.append(clips[part["audio"]])
-                # a word's class is not its own token: Whisper knows nothing of Qwen's vocabulary either
-                words.append([(i + 1) % len(tok.hf) for word in synth.WORD.findall(text.lower()) for i in tok(f" {word}")])
+                words.append([i for word in synth.WORD.findall(text.lower()) for i in tok(f" {word}")])
                 if numbered:
                     put(tok(f"Audio {len(heard)}: "), False)
                 put([sp[AUDIO_BOS]] + [sp[AUDIO]] * audio_positions(len(heard[-1])) + [sp[AUDIO_EOS]], False)
@@ -241,7 +240,7 @@ class Pack:
     cu_seqlens: list[int]         # documents + 1
     audio: torch.Tensor           # (samples,) float32, the clips end to end
     clip_samples: list[int]       # samples of each clip
-    words: list[list[int]] | None # in a CTC stage the classes of each clip's words, which are its targets
+    words: list[list[int]] | None # in a CTC stage the tokens of each clip's words, which are its targets
     names: list[str]              # samples packed
     supervised: int               # targets: labels that are not IGNORE, or words
     waste: int                    # positions of the tail
@@ -827,11 +826,12 @@ class InSerter(nn.Module):
         return chunked_losses(h.index_select(0, kept), self.language_model.lm_head.weight, targets, chunk)
 
     def word_loss(self, waveforms, words):
-        """Nats of each clip's words (lists of classes) by CTC (Graves et al. 2006), summed; <|AUDIO|> stands for the blank.
+        """Nats of each clip's words (lists of tokens) by CTC (Graves et al. 2006), summed; <|AUDIO|> stands for the blank.
 
-        Encoder, adapter and LM head say, vector by vector, which word they hear; words without room among them are left out.
+        Encoder, adapter and the LLM without its blocks say, vector by vector, which word they hear, so that a word heard comes
+        to lie near the same word read. Words without room among the vectors are left out.
         """
-        lengths, heard = [audio_positions(len(w)) for w in waveforms], self.hear(waveforms)
+        lengths, heard = [audio_positions(len(w)) for w in waveforms], self.language_model.model.norm(self.hear(waveforms))
         logits = self.language_model.lm_head(heard).float().log_softmax(1).split(lengths)
         targets, counts = torch.tensor([i for ids in words for i in ids]), [len(ids) for ids in words]
         logits = nn.utils.rnn.pad_sequence(logits, batch_first=True).transpose(0, 1)        # the cheaper copy
@@ -876,10 +876,9 @@ def fresh(name, shape, seed):
     """
     if name.endswith("embed_positions.weight"):
         return sinusoids(*shape) / 2
-    if len(shape) == 1:
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
-    if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
-        return torch.zeros(shape)
+    silent = name.endswith(("bias", "out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight"))
+    if silent or len(shape) == 1:
+        return torch.zeros(shape) if silent else torch.ones(shape)
     normal = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode())))
     if name.endswith(("embed_tokens.weight", "lm_head.weight")):
         return normal / math.sqrt(shape[1])
@@ -917,7 +916,8 @@ def random_model(config, seed):
     """(c) InSerter from nothing but sizes: the same weights for the same config and seed, on any machine.
 
     The LLM's first heads start by looking one, one, two, two, … tokens back, by their biases, which rotary positions turn.
-    To copy, a model must know what stood before each token; so it learns to repeat, and to hear, in fewer steps.
+    To copy, a model must know what stood before each token; so it learns to repeat, and to hear, in fewer steps. What the
+    adapter says is as long as an embedding, or the LLM's blocks could add little to it.
     """
     with torch.device("meta"):
         model = InSerter(config)
@@ -926,6 +926,7 @@ def random_model(config, seed):
     turn = (1 + torch.arange(text.num_attention_heads) // 2)[:, None] * rope_speed(text, head)         # (Hq, D/2)
     tensors[f"{first}.q_proj.bias"] = 4 * torch.cat([turn.cos(), -turn.sin()], 1).flatten()
     tensors[f"{first}.k_proj.bias"] = 4.0 * (torch.arange(text.num_key_value_heads * head) % head < head // 2)
+    tensors["multi_modal_projector.linear.weight"] /= math.sqrt(text.hidden_size / 3)
     return build(config, tensors, "random model")
 
 

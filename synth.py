@@ -404,20 +404,20 @@ def story(rng: random.Random) -> str:
             [f"{a} puts the {x} in the {here}.", f"{b} takes the {x} to the {there}.", f"now the {x} is in the {there}."],
             [f"{a} has {NUMBERS[n]} apples and gets {NUMBERS[m]} more.", f"{NUMBERS[n]} and {NUMBERS[m]} make {NUMBERS[n + m]}.",
              f"now {a} has {NUMBERS[n + m]} apples."],
-            [f"{a} likes the {here} and {b} likes the {there}.", f"so {a} goes to the {here}."],
             [f"{a} says {line}.", f"{b} says {line} too."],
             [f"{a} says {line}.", f"backwards it is {' '.join(words[::-1])}."],
             [f"{a} says {line}.", f"{b} cries {line.upper()}."],
+            [f"{b} cries {line.upper()}.", f"{a} says {line}."],
             [f"{a} says {x} {NUMBERS[times]} times.", f"we hear {' '.join([x] * times)}."],
             [f"{a} counts from {span}.", f"we hear {', '.join(counted)}."],
             [f"{a} counts from {span}.", f"{b} cries {' '.join(counted).upper()}."],
-            [fact(rng)], [fact(rng), fact(rng)]])
+            [fact(rng), fact(rng)], [fact(rng), fact(rng)], [fact(rng), fact(rng), fact(rng)]])
     return " ".join(sentences)
 
 
 def fact(rng: random.Random) -> str:
     """State a fact; half the time its word is said again louder, so that every word is met in capitals."""
-    kind = rng.choice([*sorted(FACTS), "sum", "sum", "sum"])           # many sums, for there are a hundred
+    kind = rng.choice([*sorted(FACTS), *["sum"] * 6])                  # many sums, for there are a hundred
     x, (y,) = draw_arguments(kind, rng)
     return KINDS[kind]["fact"].format(x=x, y=y) + rng.choice(["", f" yes, {y.upper()}."])
 
@@ -1076,8 +1076,8 @@ TASKS = {"transcribe": {"ask": "Transcript:", "answer": lambda part: part["text"
 
 
 def speed_of(rate: int | None) -> str | None:
-    """An espeak rate (words per minute, 175 is its own) in a word; None stays None."""
-    return None if rate is None else "slow" if rate < 165 else "fast" if rate >= 185 else "normal"
+    """An espeak rate (words per minute) in a word, for the voices of config.yaml; None stays None."""
+    return None if rate is None else "slow" if rate < 200 else "fast" if rate >= 220 else "normal"
 
 
 def parts_of(sample: dict) -> list[list[dict]]:

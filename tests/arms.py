@@ -13,14 +13,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ARMS = {"text only": "{text: 1.0}", "ASR in place of interleaving": "{tasks: 0.7, text: 0.3}",
         "InSerter": "{interleaved: 0.4, tasks: 0.3, text: 0.3}"}
-TOKENS = 700_000                                        # supervised tokens of every arm
+TOKENS = 350_000                                        # supervised tokens of every arm
 SFT = "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"        # no arm interleaves here
+FEW = ["bench.adjustment_rows=20", "bench.open_rows=20"]                                # of which nothing is shown
 SKIP = {stage: f"train.stages.{stage}.steps=0" for stage in ("pretrain", "sft")}
 
 
 def commands(seed: int) -> dict[str, list[str]]:
     """{run: arguments of inserter.py}, in the order in which they are run."""
-    name, common = f"arms-{seed}", [f"seed={seed}", f"data=data/seed-{seed}"] if seed > 1 else []
+    name, common = f"arms-{seed}", FEW + ([f"seed={seed}", f"data=data/seed-{seed}"] if seed > 1 else [])
     found = {f"{name}-warmup": [*common, *SKIP.values()]}
     for arm, mix in ARMS.items():
         run = f"{name}-{arm.split()[0].lower()}"
