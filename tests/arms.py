@@ -15,7 +15,7 @@ ARMS = {"text only": "{text: 1.0}", "ASR in place of interleaving": "{tasks: 0.7
         "InSerter": "{interleaved: 0.4, tasks: 0.3, text: 0.3}"}
 TOKENS = 350_000                                        # supervised tokens of every arm
 SFT = "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"        # no arm interleaves here
-FEW = ["bench.adjustment_rows=20", "bench.open_rows=20"]                                # of which nothing is shown
+FEW = ["bench.adjustment_rows=20", "bench.open_rows=20", "train.eval_samples=16"]       # of which nothing is shown
 SKIP = {stage: f"train.stages.{stage}.steps=0" for stage in ("pretrain", "sft")}
 
 

@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one run of at most 9 minutes: tables on the screen, gpu.json in FOLDER.
 
-    python tests/gpu.py FOLDER [correct] [kernel] [step] [tiny] [sweep]       (without a choice all but sweep)
+    python tests/gpu.py FOLDER [correct] [kernel] [operations] [step] [tiny] [sweep]       (without a choice all but sweep)
 
 correct  every configuration in bfloat16 and float16 against float32, bit-identical repeats, no waiting for the GPU
 kernel   attention on packs like real samples and at fixed lengths, against FlashAttention-2 (torch's varlen_attn),
          FlexAttention compiled with a document mask, and padded SDPA
+operations   what share of a training step's operations each part has; needs no GPU
 step     a training step of Whisper-small + Qwen2.5-0.5B sizes in packs of 8192 against transformers' Qwen2-Audio
 tiny     synthesis and training of the tiny world, a few steps, end to end
 sweep    other tile sizes than those in inserter.py
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -505,6 +507,26 @@ def padded_flops(samples, model):
     return sum(M.step_flops(model, pack) for pack in packs)
 
 
+def count_operations():
+    """Shares of a step's operations: where the time goes if all operations take the same; attention and small sizes take more."""
+    with torch.device("meta"):
+        model = M.InSerter(step_config())
+    rng, sums, n = np.random.default_rng(0), {}, 8
+    for seed in range(n):
+        samples, left = draw_pack(random.Random(seed), 400 if DRY else 8192)
+        pack = our_pack([make_sample(s, model.config, rng) for s in samples], left)
+        total, alone = M.step_flops(model, pack), torch.arange(len(pack.ids) - left + 1)
+        without = {"LM head": replace(pack, supervised=0), "encoder and adapter": replace(pack, clip_samples=[]),
+                   "LLM, attention": replace(pack, cu_seqlens=alone, waste=0)}
+        for name, rest in without.items():
+            sums[name] = sums.get(name, 0) + total - M.step_flops(model, rest)
+        sums["all"] = sums.get("all", 0) + total
+    sums["LLM, matrices"] = 2 * sums["all"] - sum(sums.values())
+    result = {name: {"TFLOP a pack": x / n / 1e12, "share": x / sums["all"]} for name, x in sums.items()}
+    print("\noperations of a step: " + ", ".join(f"{name} {x['TFLOP a pack']:.1f} TFLOP ({x['share']:.0%})" for name, x in result.items()))
+    return result
+
+
 def measure_step():
     from transformers import Qwen2AudioForConditionalGeneration
     config, rng = step_config(), np.random.default_rng(0)
@@ -600,16 +622,16 @@ def about_machine():
 
 
 def main(folder, chosen):
-    if not DRY and not torch.cuda.is_available():
+    if not DRY and chosen != ["operations"] and not torch.cuda.is_available():
         print("tests/gpu.py needs a CUDA GPU, and torch finds none here.", file=sys.stderr)
         return 2
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"correct": measure_correctness, "kernel": measure_kernel, "step": measure_step, "tiny": partial(measure_tiny, folder), "sweep": measure_sweep}
+    parts = {"correct": measure_correctness, "kernel": measure_kernel, "operations": count_operations, "step": measure_step, "tiny": partial(measure_tiny, folder), "sweep": measure_sweep}
     if unknown := [name for name in chosen if name not in parts]:
         print(f"{unknown[0]} is none of {', '.join(parts)}.", file=sys.stderr)
         return 2
-    for name, part in {"machine": about_machine, **{n: parts[n] for n in chosen or list(parts)[:-1]}}.items():
+    for name, part in {**({"machine": about_machine} if torch.cuda.is_available() or DRY else {}), **{n: parts[n] for n in chosen or list(parts)[:-1]}}.items():
         if late():
             RESULTS["errors"][name] = "left out: no time"
             continue
