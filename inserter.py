@@ -1540,10 +1540,10 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
             optimizer.zero_grad(set_to_none=True)
         at.step, at.stage_step, at.targets = at.step + 1, at.stage_step + 1, at.targets + facts["targets"]
 
-        # From here on nothing is training: log, evaluate, save.
+        # From here on nothing is training: log, evaluate (but no gap of an LLM that has read no text yet), save.
         log.step(all_reduce([loss])[0], rate, float(norm), facts)
         done = at.share(stage) >= 1
-        if (at.step % c.train.eval_every == 0 or done) and not stage.ctc:            # an LLM that nobody taught has no gap
+        if (at.step % c.train.eval_every == 0 or done) and not (stage.warmup and set(stage.mix) == {"tasks"}):
             log.point(evaluate(c, model, tok))
         if at.step % c.train.save_every == 0 or done or stop:
             save_run(c, model, tok, optimizers, at, feed)
