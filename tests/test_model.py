@@ -272,9 +272,9 @@ def test_random_weights_depend_on_the_seed_alone():
 
 
 def test_first_heads_start_by_looking_back():
-    """Head h of the first layer attends to the token h // 2 + 1 positions back, for most tokens and on average."""
+    """Head h of the first layer gives the token h // 2 + 1 positions back half of its attention, on average."""
     fresh = M.random_model(config(hidden_size=160, num_attention_heads=5, num_key_value_heads=5,
-                                  rope_parameters={"rope_type": "default", "rope_theta": 100.0}), 1)
+                                  rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), 1)
     seen = {}
 
     def attend(q, k, v, layer):
@@ -286,7 +286,14 @@ def test_first_heads_start_by_looking_back():
     for head, scores in enumerate(seen[0]):
         late = scores.masked_fill(positions[None] > positions[:, None], -torch.inf)[10:]
         there = positions[10:, None] - 1 - head // 2
-        assert (late.argmax(1, keepdim=True) == there).float().mean() > 0.6 and late.softmax(1).gather(1, there).mean() > 0.4, head
+        assert late.softmax(1).gather(1, there).mean() > 0.5, head
+
+
+def test_what_is_heard_starts_as_long_as_an_embedding():
+    fresh = M.random_model(config(hidden_size=160), 1)
+    with torch.no_grad():
+        heard, read = fresh.hear([clip(16000, 1)]), fresh.language_model.model.embed_tokens.weight
+    assert float(heard.norm(dim=1).mean()) == pytest.approx(1, rel=0.2) and float(read.norm(dim=1).mean()) == pytest.approx(1, rel=0.2)
 
 
 def broken(folder, damage):
@@ -476,7 +483,7 @@ def test_word_loss_is_the_sum_over_all_alignments():
     total = 0.0
     with torch.no_grad():
         for w, ids in zip(clips, words):
-            odds = model.language_model.lm_head(model.hear([w])).double().softmax(1)                     # (vectors, V)
+            odds = model.language_model.lm_head(model.language_model.model.norm(model.hear([w]))).double().softmax(1)        # (vectors, V)
             kept = sorted({AUDIO, *ids})
             paths = [path for path in itertools.product(kept, repeat=len(odds))
                      if [i for i, _ in itertools.groupby(path) if i != AUDIO] == ids]
