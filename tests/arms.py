@@ -53,7 +53,7 @@ def show() -> None:
     """Print the table of all seeds and draw it."""
     from matplotlib.figure import Figure
     seeds = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("arms-*.json"))]
-    print(f"{'arm':<34}seed   {'WER':>14}{'typed':>16}{'spoken':>16}{'gap':>7}")
+    print(f"{'arm':<42}seed   {'WER':>14}{'typed':>16}{'spoken':>16}{'gap':>7}")
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axis, suffix, title in zip(figure.subplots(1, 2, sharey=True), ("", "-sft"), ("before SFT", "after SFT")):
         for at, arm in enumerate(["after the warm-up", *ARMS]):
@@ -64,17 +64,17 @@ def show() -> None:
                     continue
                 cells = [f"{100 * row[key][0]:5.1f} [{100 * row[key][1][0]:.0f}, {100 * row[key][1][1]:.0f}]" for key in ("WER", "typed", "spoken")]
                 gap = 100 * (row["typed"][0] - row["spoken"][0])
-                print(f"{arm + (', ' + title if at else ''):<34}{measured['seed']:>4}{cells[0]:>17}{cells[1]:>16}{cells[2]:>16}{gap:>7.1f}")
+                print(f"{arm + (', ' + title if at else ''):<42}{measured['seed']:>4}{cells[0]:>17}{cells[1]:>16}{cells[2]:>16}{gap:>7.1f}")
                 for shift, key, colour in ((-0.25, "typed", "0.6"), (0, "spoken", "#c33"), (0.25, "WER", "#36a")):
                     value, (low, high) = row[key]
                     x = at + shift + 0.08 * (measured["seed"] - 1.5)
                     axis.errorbar(x, 100 * value, [[100 * max(value - low, 0)], [100 * max(high - value, 0)]], fmt="o", color=colour,
                                   ms=4, capsize=2, label=key if (at, measured) == (1, seeds[0]) else None)
-        axis.set_xticks(range(4), ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter"])
+        axis.set_xticks(range(len(suffix) > 0, 4), ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter"][len(suffix) > 0:])
         axis.set(title=title, ylim=(0, 105))
         axis.grid(axis="y", color="0.9")
     figure.axes[0].set_ylabel("per cent")
-    figure.axes[0].legend()
+    figure.axes[0].legend(loc="center left")
     figure.savefig(ROOT / "results/arms.png", dpi=110)
 
 
