@@ -292,7 +292,7 @@ def test_first_heads_start_by_looking_back():
 def test_what_is_heard_starts_as_long_as_an_embedding():
     fresh = M.random_model(config(hidden_size=160), 1)
     with torch.no_grad():
-        heard, read = fresh.hear([clip(16000, 1)]), fresh.language_model.model.embed_tokens.weight
+        heard, read = fresh.hear([clip(16000, 1)]), fresh.language_model.model.embed_tokens.weight.detach()
     assert float(heard.norm(dim=1).mean()) == pytest.approx(1, rel=0.2) and float(read.norm(dim=1).mean()) == pytest.approx(1, rel=0.2)
 
 
