@@ -1076,7 +1076,7 @@ TASKS = {"transcribe": {"ask": "Transcript:", "answer": lambda part: part["text"
 
 
 def speed_of(rate: int | None) -> str | None:
-    """An espeak rate (words per minute) in a word, for the voices of config.yaml; None stays None."""
+    """An espeak rate (words per minute) in a word: config.yaml's default range in three equal parts; None stays None."""
     return None if rate is None else "slow" if rate < 200 else "fast" if rate >= 220 else "normal"
 
 

@@ -10,7 +10,7 @@ step     a training step of Whisper-small + Qwen2.5-0.5B sizes in packs of 8192 
 tiny     synthesis and training of the tiny world, a few steps, end to end
 sweep    other tile sizes than those in inserter.py
 
-Clips and documents are drawn here, from a seed; nothing is read or downloaded. Without a GPU: one sentence, status 2.
+Clips and documents are drawn here, from a seed; nothing is read or downloaded. Without a GPU, but for operations: one sentence, status 2.
 INSERTER_DRY=1 walks through all of it on a CPU at toy sizes, to see that this file works; its numbers mean nothing.
 """
 import json
@@ -627,11 +627,13 @@ def main(folder, chosen):
         return 2
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"correct": measure_correctness, "kernel": measure_kernel, "operations": count_operations, "step": measure_step, "tiny": partial(measure_tiny, folder), "sweep": measure_sweep}
+    parts = {"correct": measure_correctness, "kernel": measure_kernel, "operations": count_operations, "step": measure_step,
+             "tiny": partial(measure_tiny, folder), "sweep": measure_sweep}
     if unknown := [name for name in chosen if name not in parts]:
         print(f"{unknown[0]} is none of {', '.join(parts)}.", file=sys.stderr)
         return 2
-    for name, part in {**({"machine": about_machine} if torch.cuda.is_available() or DRY else {}), **{n: parts[n] for n in chosen or list(parts)[:-1]}}.items():
+    chosen = {name: parts[name] for name in chosen or list(parts)[:-1]}
+    for name, part in (chosen if set(chosen) == {"operations"} else {"machine": about_machine, **chosen}).items():
         if late():
             RESULTS["errors"][name] = "left out: no time"
             continue

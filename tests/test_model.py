@@ -271,10 +271,11 @@ def test_random_weights_depend_on_the_seed_alone():
     assert torch.equal(heads["k"], 2 * heads["q"]) and heads["q"].std() > 0.1
 
 
-def test_first_heads_start_by_looking_back():
-    """Head h of the first layer gives the token h // 2 + 1 positions back half of its attention, on average."""
+@pytest.mark.parametrize("theta", [100.0, 10000.0])
+def test_first_heads_start_by_looking_back(theta):
+    """Head h of the first layer gives the token h // 2 + 1 positions back half of its attention, on average; most to it, if theta is small."""
     fresh = M.random_model(config(hidden_size=160, num_attention_heads=5, num_key_value_heads=5,
-                                  rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), 1)
+                                  rope_parameters={"rope_type": "default", "rope_theta": theta}), 1)
     seen = {}
 
     def attend(q, k, v, layer):
@@ -287,6 +288,7 @@ def test_first_heads_start_by_looking_back():
         late = scores.masked_fill(positions[None] > positions[:, None], -torch.inf)[10:]
         there = positions[10:, None] - 1 - head // 2
         assert late.softmax(1).gather(1, there).mean() > 0.5, head
+        assert theta > 100 or (late.argmax(1, keepdim=True) == there).float().mean() > 0.6, head
 
 
 def test_what_is_heard_starts_as_long_as_an_embedding():
