@@ -70,7 +70,8 @@ def show() -> None:
                     x = at + shift + 0.08 * (measured["seed"] - 1.5)
                     axis.errorbar(x, 100 * value, [[100 * max(value - low, 0)], [100 * max(high - value, 0)]], fmt="o", color=colour,
                                   ms=4, capsize=2, label=key if (at, measured) == (1, seeds[0]) else None)
-        axis.set_xticks(range(len(suffix) > 0, 4), ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter"][len(suffix) > 0:])
+        first = 1 if suffix else 0                                    # the warm-up has no SFT
+        axis.set_xticks(range(first, 4), ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter"][first:])
         axis.set(title=title, ylim=(0, 105))
         axis.grid(axis="y", color="0.9")
     figure.axes[0].set_ylabel("per cent")
