@@ -33,6 +33,7 @@ import hashlib
 import html
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -59,7 +60,7 @@ import yaml
 from tqdm import tqdm
 
 ROLES = ("system", "user", "assistant")
-CORPUS_KEYS = ("corpus", "documents", "held_out_documents", "held_out_share", "shard_documents")
+CORPUS_KEYS = ("corpus", "documents", "held_out_documents", "held_out_share", "shard_documents", "facts")
 RATE = 16_000                     # samples per second of every clip, as Whisper's features want it
 
 
@@ -218,8 +219,9 @@ def check_config(c: Config) -> None:
         demand(len(pair) == 2 and pair[0] <= pair[1], f"synth.{key} must be [lowest, highest], not {pair}.")
     demand(len(s.accents) > 0, "synth.accents is empty; name one at least, for example [en-us].")
     demand(s.held_out.keys() == {"test", "dev"}, f"synth.held_out needs the keys test and dev, not {', '.join(s.held_out)}.")
-    demand(s.tasks.keys() <= TASKS.keys() and sum(s.tasks.values()) > 0,
-           f"synth.tasks must give a share above 0 to some of {', '.join(TASKS)}, and to nothing else.")
+    for key, weights, known in (("tasks", s.tasks, TASKS), ("facts", s.facts, FACT_FORMS)):
+        demand(weights.keys() <= known.keys() and sum(weights.values()) > 0 <= min(weights.values()),
+               f"synth.{key} must give a share above 0 to some of {', '.join(known)}, and to nothing else.")
     demand(not (c.fresh and c.shard), "fresh=true removes the shards of all shares: give it once, without shard.")
     for name in [*s.shards, *(recipe for stage in c.train.stages.values() for recipe in stage.mix)]:
         near = difflib.get_close_matches(name, RECIPES, 1, 0.0)[0]
@@ -389,12 +391,12 @@ def disfluent(prompt: str, rng: random.Random) -> str:
     return " ".join(words if rng.random() < 0.5 else [rng.choice(FILLERS)] + words)
 
 
-def story(rng: random.Random) -> str:
+def story(rng: random.Random, facts: dict[str, int]) -> str:
     """Write four sentences or a few more; most need an earlier one (where the ball is now, how many, what was said).
 
     What people say is any words of the world: a word that is rare in facts and questions is heard often enough here.
     """
-    sentences: list[str] = []
+    sentences, forms = [], [form for form, weight in facts.items() for _ in range(weight)]
     while len(sentences) < 4:
         a, b = rng.sample(NAMES, 2)
         x, words, (here, there) = rng.choice(NOUNS + KEYWORDS), rng.sample(LEXICON, rng.randint(3, 6)), rng.sample(PLACES, 2)
@@ -411,15 +413,16 @@ def story(rng: random.Random) -> str:
             [f"{a} says {x} {NUMBERS[times]} times.", f"we hear {' '.join([x] * times)}."],
             [f"{a} counts from {span}.", f"we hear {', '.join(counted)}."],
             [f"{a} counts from {span}.", f"{b} cries {' '.join(counted).upper()}."],
-            [fact(rng), fact(rng)], [fact(rng), fact(rng)], [fact(rng), fact(rng), fact(rng)]])
+            *[[fact(rng, forms, a, b) for _ in range(count)] for count in (2, 2, 3)]])
     return " ".join(sentences)
 
 
-def fact(rng: random.Random) -> str:
-    """State a fact; half the time its word is said again louder, so that every word is met in capitals."""
+def fact(rng: random.Random, forms: list[str], a: str, b: str) -> str:
+    """Tell a fact in one of the forms, in those that cry also in capitals; a and b are the names of who asks and replies."""
     kind = rng.choice([*sorted(FACTS), *["sum"] * 6])                  # many sums, for there are a hundred
     x, (y,) = draw_arguments(kind, rng)
-    return KINDS[kind]["fact"].format(x=x, y=y) + rng.choice(["", f" yes, {y.upper()}."])
+    stated, again = (KINDS[kind][key].format(x=x, y=y) for key in ("fact", "again"))
+    return FACT_FORMS[rng.choice(forms)].format(stated=stated, kind=kind, again=again, y=y, Y=y.upper(), a=a, b=b)
 
 
 def dialogue(rng: random.Random, split: str) -> list[dict]:
@@ -433,11 +436,11 @@ def dialogue(rng: random.Random, split: str) -> list[dict]:
     return turns
 
 
-def tiny_world(seed: int, split: str, documents: int) -> Iterator[dict]:
+def tiny_world(seed: int, split: str, documents: int, facts: dict[str, int]) -> Iterator[dict]:
     """Stream the world's documents: half stories {"text"}, half dialogues {"messages"}; a function of its arguments."""
     for n in range(documents):
         rng = random.Random(f"{seed} world {split} {n}")
-        yield {"text": story(rng)} if n % 2 else {"messages": dialogue(rng, split)}
+        yield {"text": story(rng, facts)} if n % 2 else {"messages": dialogue(rng, split)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -474,15 +477,9 @@ def user_corpus(pattern: str) -> Iterator[dict]:
 
 
 def read_paragraphs(file: Iterable[str]) -> Iterator[dict]:
-    lines: list[str] = []
-    for line in file:
-        if line.strip():
-            lines.append(line)
-        elif lines:
+    for filled, lines in itertools.groupby(file, lambda line: bool(line.strip())):
+        if filled:
             yield {"text": "".join(lines)}
-            lines = []
-    if lines:
-        yield {"text": "".join(lines)}
 
 
 def read_jsonl(file: Iterable[str], path: str) -> Iterator[dict]:
@@ -556,7 +553,7 @@ def split_documents(c: Config) -> Iterator[tuple[str, dict]]:
     """Pair each cleaned document with its split. The tiny world knows its own; other text is split by hash."""
     if c.synth.corpus == "tiny":
         for split, count in (("train", c.synth.documents), ("dev", c.synth.held_out_documents)):
-            yield from ((split, document) for document in tiny_world(c.seed, split, count))
+            yield from ((split, document) for document in tiny_world(c.seed, split, count, c.synth.facts))
         return
     for document in user_corpus(c.synth.corpus):
         if "messages" in document:
@@ -1420,6 +1417,7 @@ class Synth:
     held_out_documents: int
     held_out_share: float
     shard_documents: int
+    facts: dict[str, int]
     shards: dict[str, int]
     level: str
     share: float
@@ -1608,6 +1606,10 @@ KINDS = {
 }
 OPEN = ("name", "tell")                                              # many answers are right
 CLOSED = [kind for kind in KINDS if kind not in OPEN]
+
+# How a story tells a fact. The last two ask for it as nobody asks a test prompt, and answer as a dialogue does.
+FACT_FORMS = {"stated": "{stated}", "louder": "{stated} yes, {Y}.", "asked": "{a} asks the {kind}, {again}. {b} says it is {y}.",
+              "cried": "{a} asks the {kind}, {again}. {b} cries IT IS {Y}."}
 
 # Constraints: SpeechInstructBench's instruction id and arguments, wordings, and the answer made from the plain
 # sentence s, the answering words w and the drawn value v.

@@ -24,7 +24,7 @@ ROWS, WORDS = 541, 300
 def rows():
     """Answers made of the tiny world's sentences, a line each; one to three instructions, all types in turn."""
     rng, cases = random.Random(0), itertools.cycle(CASES)
-    words = [text.capitalize() for document in synth.tiny_world(1, "train", 4000) for text in synth.texts_of(document)]
+    words = [text.capitalize() for document in synth.tiny_world(1, "train", 4000, {"stated": 1}) for text in synth.texts_of(document)]
     for key in range(ROWS):
         answer = []
         while sum(len(text.split()) for text in answer) < WORDS:

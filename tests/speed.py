@@ -76,7 +76,7 @@ def whole(espeak, texts, voices, settings, path, spent):
 
 def measure_synth():
     c, rng, espeak = synth.load_config([]), random.Random(0), synth.Espeak()
-    texts = [words for story in (synth.story(rng) for _ in range(300)) for words in
+    texts = [words for story in (synth.story(rng, c.synth.facts) for _ in range(300)) for words in
              (story[a:b] for a, b in synth.segments(story, c.synth, rng))][:300]
     chosen_from = synth.candidates("train", c.synth)
     voices = [synth.draw_voice(rng, chosen_from, c.synth) for _ in texts]

@@ -95,6 +95,8 @@ def test_worked_examples():
     (["synth.workers=0"], "synth.workers must be at least 1"),
     (["synth.rate=[200, 100]"], r"synth\.rate must be \[lowest, highest\]"),
     (["synth.tasks={sing: 1.0}"], "synth.tasks must give .* transcribe"),
+    (["synth.facts={sung: 1}"], "synth.facts must give .* stated, louder, asked, cried"),
+    (["synth.facts={stated: 1, cried: -1}"], "synth.facts must give .* above 0"),
     (["synth.held_out={test: 0.2}"], "synth.held_out needs the keys test and dev"),
     (["shard=2/2"], "shard must be i/n"),
     (["shard=0/2", "fresh=true"], "without shard"),
@@ -165,10 +167,14 @@ def test_the_command_line_ends_with_status_2(tmp_path):
 # The tiny world
 # --------------------------------------------------------------------------------------------------
 
+TOLD = {"stated": 1, "louder": 1}
+
+
 def test_the_tiny_world_is_a_function_of_its_arguments():
-    first = list(synth.tiny_world(1, "train", 40))
-    assert first == list(synth.tiny_world(1, "train", 80))[:40]
-    assert first != list(synth.tiny_world(2, "train", 40)) and first != list(synth.tiny_world(1, "dev", 40))
+    first = list(synth.tiny_world(1, "train", 40, TOLD))
+    assert first == list(synth.tiny_world(1, "train", 80, TOLD))[:40]
+    assert first != list(synth.tiny_world(2, "train", 40, TOLD)) and first != list(synth.tiny_world(1, "dev", 40, TOLD))
+    assert first != list(synth.tiny_world(1, "train", 40, TOLD | {"asked": 1}))
     assert sum("text" in document for document in first) == 20
 
 
@@ -228,7 +234,7 @@ def test_disfluency_adds_words_and_loses_none():
 def test_later_sentences_of_a_story_need_earlier_ones():
     needing, total = 0, 0
     for n in range(400):
-        text = synth.story(random.Random(n))
+        text = synth.story(random.Random(n), TOLD)
         total += 1
         moves = list(re.finditer(r"now the (\w+) is in the (\w+)\.", text))
         for m in moves:
@@ -248,6 +254,21 @@ def test_later_sentences_of_a_story_need_earlier_ones():
                 said += 1
         needing += bool(moves or sums or said)
     assert needing / total > 0.6
+
+
+def test_facts_that_are_asked_for_in_a_story_get_the_right_reply():
+    counts = {}
+    for n in range(400):
+        text = synth.story(random.Random(n), {"asked": 1, "cried": 2})
+        for m in re.finditer(r"(\w+) asks the (\w+), ([^.]+)\. (\w+) (says it is|cries IT IS) (\w+)\.", text):
+            asker, kind, again, other, how, reply = m.groups()
+            table = synth.FACTS.get(kind) or {f"{a} and {b}": synth.NUMBERS[synth.NUMBERS.index(a) + synth.NUMBERS.index(b)]
+                                              for a in synth.NUMBERS[1:11] for b in synth.NUMBERS[1:11]}
+            right, = (y for x, y in table.items() if synth.KINDS[kind]["again"].format(x=x) == again)
+            assert asker != other and reply == (right if how == "says it is" else right.upper()), text
+            counts[how] = counts.get(how, 0) + 1
+        assert text.count(" asks ") == len(re.findall(r" asks the \w+, [^.]+\. \w+ (?:says it is|cries IT IS) ", text))
+    assert 1.5 < counts["cries IT IS"] / counts["says it is"] < 2.5 and sum(counts.values()) > 400
 
 
 # --------------------------------------------------------------------------------------------------
