@@ -220,7 +220,7 @@ def check_config(c: Config) -> None:
     demand(len(s.accents) > 0, "synth.accents is empty; name one at least, for example [en-us].")
     demand(s.held_out.keys() == {"test", "dev"}, f"synth.held_out needs the keys test and dev, not {', '.join(s.held_out)}.")
     for key, weights, known in (("tasks", s.tasks, TASKS), ("facts", s.facts, FACT_FORMS)):
-        demand(weights.keys() <= known.keys() and sum(weights.values()) > 0 <= min(weights.values()),
+        demand(weights.keys() <= known.keys() and sum(weights.values()) > 0 and min(weights.values()) >= 0,
                f"synth.{key} must give a share above 0 to some of {', '.join(known)}, and to nothing else.")
     demand(not (c.fresh and c.shard), "fresh=true removes the shards of all shares: give it once, without shard.")
     for name in [*s.shards, *(recipe for stage in c.train.stages.values() for recipe in stage.mix)]:
@@ -418,7 +418,7 @@ def story(rng: random.Random, facts: dict[str, int]) -> str:
 
 
 def fact(rng: random.Random, forms: list[str], a: str, b: str) -> str:
-    """Tell a fact in one of the forms, in those that cry also in capitals; a and b are the names of who asks and replies."""
+    """Tell a fact in one of FACT_FORMS: a asks and b replies where the form does so; some forms have the answer in capitals."""
     kind = rng.choice([*sorted(FACTS), *["sum"] * 6])                  # many sums, for there are a hundred
     x, (y,) = draw_arguments(kind, rng)
     stated, again = (KINDS[kind][key].format(x=x, y=y) for key in ("fact", "again"))
@@ -1416,8 +1416,8 @@ class Synth:
     documents: int
     held_out_documents: int
     held_out_share: float
-    shard_documents: int
     facts: dict[str, int]
+    shard_documents: int
     shards: dict[str, int]
     level: str
     share: float
@@ -1607,7 +1607,8 @@ KINDS = {
 OPEN = ("name", "tell")                                              # many answers are right
 CLOSED = [kind for kind in KINDS if kind not in OPEN]
 
-# How a story tells a fact. The last two ask for it as nobody asks a test prompt, and answer as a dialogue does.
+# How a story tells a fact. The last two ask for it in words that no prompt has, and reply as an assistant does:
+# "anna asks the home, of the monk. tom cries IT IS ABBEY."
 FACT_FORMS = {"stated": "{stated}", "louder": "{stated} yes, {Y}.", "asked": "{a} asks the {kind}, {again}. {b} says it is {y}.",
               "cried": "{a} asks the {kind}, {again}. {b} cries IT IS {Y}."}
 

@@ -111,10 +111,10 @@ def test_references_follow_their_own_instructions(suite, count):
         assert np.mean([all(bench.verdicts(row)["withdrawn_strict"]) for row in rows]) < 0.03
 
 
-@pytest.fixture(scope="module")
-def training():
-    """Texts enough of a training corpus in which facts are told in every form."""
-    return list(synth.tiny_world(1, "train", 16000, {form: 1 for form in synth.FACT_FORMS}))
+@pytest.fixture(scope="module", params=["tiny", "small"])
+def training(request):
+    """Texts enough of a profile's training corpus: small's stories ask for facts, too."""
+    return list(synth.tiny_world(1, "train", 16000, synth.load_config([f"config={CONFIG}", f"profile={request.param}"]).synth.facts))
 
 
 def test_no_test_prompt_is_a_training_prompt(training):
