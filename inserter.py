@@ -412,15 +412,15 @@ def fork_server():
 
 
 def batch_of(packs: list[Pack]) -> dict:
-    """Join packs end to end into the model's arguments: documents stay apart by cu_seqlens."""
-    ends, starts = [len(p.ids) for p in packs], [0]
-    for n in ends:
-        starts.append(starts[-1] + n)
-    bounds = [start + b for p, start in zip(packs, starts) for b in p.cu_seqlens[:-1]] + [starts[-1]]
-    bounds += bounds[-1:] * (-len(bounds) % 64)                       # empty documents: few shapes, so few compilations
+    """Join packs end to end into the model's arguments: documents stay apart by cu_seqlens, the tails are left out."""
+    ends = [len(p.ids) - p.waste for p in packs]
+    starts = [0, *np.cumsum(ends).tolist()]
+    bounds = [start + b for p, start, end in zip(packs, starts, ends) for b in p.cu_seqlens if b < end]
+    bounds += starts[-1:] * (64 - len(bounds) % 64)                   # empty documents: few shapes, so few compilations
+    ids, labels, positions = (torch.cat([x[:n] for x, n in zip(xs, ends)])
+                              for xs in zip(*((p.ids, p.labels, p.position_ids) for p in packs)))
     words = {} if packs[0].words is None else {"words": [ids for p in packs for ids in p.words]}
-    return words | {"ids": torch.cat([p.ids for p in packs]), "labels": torch.cat([p.labels for p in packs]),
-            "position_ids": torch.cat([p.position_ids for p in packs]), "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+    return words | {"ids": ids, "labels": labels, "position_ids": positions, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
             "waveforms": [clip for p in packs for clip in p.audio.split(p.clip_samples)]}
 
 
@@ -528,27 +528,26 @@ def log_mel(waveforms, n_mels, device=None):
 # -----------------------------------------------------------------------------------------------------------
 
 def make_tiles(cu_seqlens, causal, device):
-    """Index work of plain_attention for a pack: where each bucket's padded rows come from, and the way back.
+    """Index work of plain_attention for a pack: where the buckets' padded rows come from, and the way back.
 
     cu_seqlens [0, 3, 3, 10, 12] has documents of 3, 7 and 2 positions (the empty one is nowhere): buckets of
     lengths (2, 4], (4, 8] and (1, 2], hence blocks of 1 x 3, 1 x 7 and 1 x 2 rows.
-    -> blocks [(rows (n L,), n, key mask (n, 1, 1, L) or None)], back (T,): positions' rows in joined blocks
+    -> rows (rows of all blocks,), blocks [(n, L, key mask (n, 1, 1, L) or None)], back (T,): each position's row
     """
     cu = cu_seqlens.cpu().long()
-    starts, lengths, buckets, filled = cu[:-1], cu.diff(), {}, 0
+    starts, lengths, buckets = cu[:-1], cu.diff(), {}
     for document, length in enumerate(lengths.tolist()):
         if length:
             buckets.setdefault((length - 1).bit_length(), []).append(document)
-    blocks, back = [], torch.empty(int(cu[-1]), dtype=torch.int64)
+    sources, blocks, back = [], [], torch.empty(int(cu[-1]), dtype=torch.int64)
     for documents in buckets.values():
         start, length = starts[documents, None], lengths[documents, None]        # (n, 1)
         column = torch.arange(int(length.max()))                                 # (L,)
         rows, real = start + torch.minimum(column, length - 1), column < length  # (n, L), padded by real rows
-        back[rows[real]] = filled + real.flatten().nonzero()[:, 0]
-        filled += rows.numel()
-        masked = not causal and not real.all()      # causal needs none: padding is last, where no query looks
-        blocks.append((rows.flatten().to(device), len(rows), real[:, None, None].to(device) if masked else None))
-    return blocks, back.to(device)
+        back[rows[real]] = sum(map(len, sources)) + real.flatten().nonzero()[:, 0]
+        sources.append(rows.flatten())              # causal needs no mask: padding is last, where no query looks
+        blocks.append((*rows.shape, None if causal or real.all() else real[:, None, None].to(device)))
+    return torch.cat(sources).to(device), blocks, back.to(device)
 
 
 def plain_attention(q, k, v, cu_seqlens, causal, tiles=None):
@@ -558,11 +557,12 @@ def plain_attention(q, k, v, cu_seqlens, causal, tiles=None):
     (documents + 1,) int32 from 0 to T, empty documents allowed; tiles: make_tiles' result, shared by layers.
     -> (T, Hq, D)
     """
-    blocks, back = tiles or make_tiles(cu_seqlens, causal, q.device)
-    outputs, grouped = [], q.shape[1] != k.shape[1]
-    for rows, n, mask in blocks:
-        block = (x.index_select(0, rows).unflatten(0, (n, -1)).transpose(1, 2) for x in (q, k, v))  # n H L D
-        out = F.scaled_dot_product_attention(*block, mask, is_causal=causal, enable_gqa=grouped)
+    rows, blocks, back = tiles or make_tiles(cu_seqlens, causal, q.device)
+    outputs, sizes = [], [n * length for n, length, _ in blocks]
+    parts = (x.index_select(0, rows).split(sizes) for x in (q, k, v))
+    for (n, length, mask), *qkv in zip(blocks, *parts):
+        qkv = (x.unflatten(0, (n, length)).transpose(1, 2) for x in qkv)         # each n H L D
+        out = F.scaled_dot_product_attention(*qkv, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         outputs.append(out.transpose(1, 2).flatten(0, 1))                        # (n L, Hq, D)
     return torch.cat(outputs).index_select(0, back)
 
