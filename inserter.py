@@ -1603,7 +1603,7 @@ class Log:
         eta = left * (time.perf_counter() - self.first[1]) / max(at.stage_step - self.first[0], 1)
         n, world = self.sums, rank_and_world()[1]
         row = {"loss": n["loss"] / max(n["targets"], 1), "lr": rate * self.stage.lr, "grad norm": norm,
-               "tokens/s": n["positions"] / seconds, "audio s/s": n["audio samples"] / RATE / seconds, "targets": at.targets,
+               "tokens/s": (n["positions"] - n["waste"]) / seconds, "audio s/s": n["audio samples"] / RATE / seconds, "targets": at.targets,
                "batch": int(n["batch"]), "waste": n["waste"] / n["positions"], "skipped": int(n["skipped"]),
                "wait": n["waited"] / seconds / world}
         if torch.cuda.is_available():

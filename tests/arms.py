@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ARMS = {"text only": "{text: 1.0}", "ASR in place of interleaving": "{tasks: 0.7, text: 0.3}",
         "InSerter": "{interleaved: 0.4, tasks: 0.3, text: 0.3}"}
-TOKENS = 350_000                                        # supervised tokens of every arm
-SFT = "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"        # no arm interleaves here
+TOKENS = 350_000                                        # supervised tokens of every arm; both stages are shorter than tiny's
+SFT = ["train.stages.sft.steps=350", "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"]     # no arm interleaves
 FEW = ["bench.adjustment_rows=20", "bench.open_rows=20", "train.eval_samples=16"]       # of which nothing is shown
 SKIP = {stage: f"train.stages.{stage}.steps=0" for stage in ("pretrain", "sft")}
 
@@ -27,7 +27,7 @@ def commands(seed: int) -> dict[str, list[str]]:
         run = f"{name}-{arm.split()[0].lower()}"
         found[run] = [*common, f"model.from=runs/{name}-warmup/model", f"train.stages.pretrain.mix={mix}",
                       "train.stages.pretrain.steps=null", f"train.stages.pretrain.tokens={TOKENS}", SKIP["sft"]]
-        found[f"{run}-sft"] = [*common, f"model.from=runs/{run}/model", SKIP["pretrain"], SFT]
+        found[f"{run}-sft"] = [*common, f"model.from=runs/{run}/model", SKIP["pretrain"], *SFT]
     return found
 
 
