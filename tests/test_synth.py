@@ -141,7 +141,7 @@ def test_profiles_and_the_command_line_override():
     assert (c.synth.share, c.synth.accents, c.run, c.synth.corpus, c.shard) == (0.1, ["cmn", "en-us"], "1e-4", "null", "1/3")
     c = synth.load_config(["profile=qwen", "train.stages.sft.steps=7"])
     assert (c.run, c.synth.workers, c.model.llm, c.train.stages["sft"].steps) == ("qwen", 16, "Qwen/Qwen2.5-0.5B", 7)
-    assert c.synth.share == 0.3 and c.train.stages["sft"].mix["chat"] == 0.8            # the rest is inherited
+    assert c.synth.share == 0.3 and c.train.stages["sft"].mix["chat"] == 0.7            # the rest is inherited
     synth.load_config(["profile=paper"])
 
 
