@@ -545,8 +545,8 @@ def make_tiles(cu_seqlens, causal, device):
         column = torch.arange(int(length.max()))                                 # (L,)
         rows, real = start + torch.minimum(column, length - 1), column < length  # (n, L), padded by real rows
         back[rows[real]] = sum(map(len, sources)) + real.flatten().nonzero()[:, 0]
-        sources.append(rows.flatten())              # causal needs no mask: padding is last, where no query looks
-        blocks.append((*rows.shape, None if causal or real.all() else real[:, None, None].to(device)))
+        mask = None if causal or real.all() else real[:, None, None].to(device)   # causal: padding is last, where no query looks
+        sources, blocks = [*sources, rows.flatten()], [*blocks, (*rows.shape, mask)]
     return torch.cat(sources).to(device), blocks, back.to(device)
 
 
