@@ -233,8 +233,8 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 @dataclasses.dataclass
 class Pack:
-    """pack_length positions of whole documents; `cu_seqlens` bounds them, the tail is a document without loss."""
-    ids: torch.Tensor             # (P,) int64
+    """Whole documents end to end, bounded by `cu_seqlens`: as many as fit into pack_length positions, and no padding."""
+    ids: torch.Tensor             # (P,) int64, P = pack_length - waste
     labels: torch.Tensor          # (P,) int64
     position_ids: torch.Tensor    # (P,) int64, from 0 in every document
     cu_seqlens: list[int]         # documents + 1
@@ -243,7 +243,7 @@ class Pack:
     words: list[list[int]] | None # in a CTC stage the tokens of each clip's words, which are its targets
     names: list[str]              # samples packed
     supervised: int               # targets: labels that are not IGNORE, or words
-    waste: int                    # positions of the tail
+    waste: int                    # positions left over, since the next document did not fit
     skipped: list[str]            # samples longer than a pack, left out since the pack before
     cursor: dict                  # the lane's state after this pack
 
@@ -343,22 +343,20 @@ class Lane:
             documents.append(document)
             used += len(document.ids)
             self.consume(name, len(document.ids))
-        waste, skipped, self.skipped = self.length - used, self.skipped, []
+        skipped, self.skipped = self.skipped, []
         self.cursor["pack"] += 1
-        tail = [Encoded("", [self.tok.special[END]] * waste, [IGNORE] * waste, [], [])] if waste else []
-        return packed(documents + tail, self.ctc, skipped, self.cursor)
+        return packed(documents, self.ctc, self.length - used, skipped, self.cursor)
 
 
-def packed(documents: list[Encoded], ctc: bool, skipped: list[str], cursor: dict) -> Pack:
-    """Join documents end to end; one without a name is the tail that fills the pack."""
+def packed(documents: list[Encoded], ctc: bool, waste: int, skipped: list[str], cursor: dict) -> Pack:
+    """Join documents end to end."""
     lengths, clips = [len(d.ids) for d in documents], [clip for d in documents for clip in d.clips]
     labels = torch.tensor([label for d in documents for label in d.labels])
     words = [ids for d in documents for ids in d.words] if ctc else None
     targets = sum(map(len, words)) if ctc else int((labels != IGNORE).sum())
     return Pack(torch.tensor([i for d in documents for i in d.ids]), labels, torch.cat([torch.arange(n) for n in lengths]),
                 [0, *np.cumsum(lengths).tolist()], torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *clips])),
-                [len(clip) for clip in clips], words, [d.name for d in documents if d.name], targets,
-                sum(len(d.ids) for d in documents if not d.name), skipped, json.loads(json.dumps(cursor)))
+                [len(clip) for clip in clips], words, [d.name for d in documents], targets, waste, skipped, json.loads(json.dumps(cursor)))
 
 
 class Lanes(IterableDataset):
@@ -412,15 +410,13 @@ def fork_server():
 
 
 def batch_of(packs: list[Pack]) -> dict:
-    """Join packs end to end into the model's arguments: documents stay apart by cu_seqlens, the tails are left out."""
-    ends = [len(p.ids) - p.waste for p in packs]
-    starts = [0, *np.cumsum(ends).tolist()]
-    bounds = [start + b for p, start, end in zip(packs, starts, ends) for b in p.cu_seqlens if b < end]
+    """Join packs end to end into the model's arguments: documents stay apart by cu_seqlens."""
+    starts = [0, *np.cumsum([len(p.ids) for p in packs]).tolist()]
+    bounds = [start + b for p, start in zip(packs, starts) for b in p.cu_seqlens[:-1]]
     bounds += starts[-1:] * (64 - len(bounds) % 64)                   # empty documents: few shapes, so few compilations
-    ids, labels, positions = (torch.cat([x[:n] for x, n in zip(xs, ends)])
-                              for xs in zip(*((p.ids, p.labels, p.position_ids) for p in packs)))
     words = {} if packs[0].words is None else {"words": [ids for p in packs for ids in p.words]}
-    return words | {"ids": ids, "labels": labels, "position_ids": positions, "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
+    return words | {"ids": torch.cat([p.ids for p in packs]), "labels": torch.cat([p.labels for p in packs]),
+            "position_ids": torch.cat([p.position_ids for p in packs]), "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
             "waveforms": [clip for p in packs for clip in p.audio.split(p.clip_samples)]}
 
 
@@ -546,7 +542,8 @@ def make_tiles(cu_seqlens, causal, device):
         rows, real = start + torch.minimum(column, length - 1), column < length  # (n, L), padded by real rows
         back[rows[real]] = sum(map(len, sources)) + real.flatten().nonzero()[:, 0]
         mask = None if causal or real.all() else real[:, None, None].to(device)   # causal: padding is last, where no query looks
-        sources, blocks = [*sources, rows.flatten()], [*blocks, (*rows.shape, mask)]
+        sources.append(rows.flatten())
+        blocks.append((*rows.shape, mask))
     return torch.cat(sources).to(device), blocks, back.to(device)
 
 
@@ -1220,7 +1217,7 @@ def dev_samples(c: Config, recipe: str, count: int) -> list[tuple[dict, dict]]:
 def nats(c: Config, model: InSerter, encoded: list[Encoded]) -> float:
     """Sum of the losses of encoded samples, packed in one forward pass."""
     with mixed_precision(c):
-        return float(model(**batch_of([packed(encoded, False, [], {})]), chunk=c.train.loss_chunk))
+        return float(model(**batch_of([packed(encoded, False, 0, [], {})]), chunk=c.train.loss_chunk))
 
 
 @torch.no_grad()
@@ -1440,7 +1437,7 @@ def step_flops(model: InSerter, pack: Pack) -> float:
     """
     a, t = model.config.audio_config, model.config.text_config
     frames, heard = np.array(Encoder.lengths(pack.clip_samples)), sum(map(audio_positions, pack.clip_samples))
-    tokens = np.diff(pack.cu_seqlens)[:-1 if pack.waste else None].astype(float)
+    tokens = np.diff(pack.cu_seqlens).astype(float)
     heads, kv = (model.language_model.head * n for n in (t.num_attention_heads, t.num_key_value_heads))
     block = 2 * (4 * a.d_model ** 2 + 2 * a.d_model * a.encoder_ffn_dim) * frames.sum() + 4 * a.d_model * (frames ** 2.0).sum()
     encoder = a.encoder_layers * block + 2 * 3 * a.d_model * (2 * a.num_mel_bins + a.d_model) * frames.sum()
@@ -1603,8 +1600,8 @@ class Log:
         eta = left * (time.perf_counter() - self.first[1]) / max(at.stage_step - self.first[0], 1)
         n, world = self.sums, rank_and_world()[1]
         row = {"loss": n["loss"] / max(n["targets"], 1), "lr": rate * self.stage.lr, "grad norm": norm,
-               "tokens/s": (n["positions"] - n["waste"]) / seconds, "audio s/s": n["audio samples"] / RATE / seconds, "targets": at.targets,
-               "batch": int(n["batch"]), "waste": n["waste"] / n["positions"], "skipped": int(n["skipped"]),
+               "tokens/s": n["positions"] / seconds, "audio s/s": n["audio samples"] / RATE / seconds, "targets": at.targets,
+               "batch": int(n["batch"]), "waste": n["waste"] / (n["positions"] + n["waste"]), "skipped": int(n["skipped"]),
                "wait": n["waited"] / seconds / world}
         if torch.cuda.is_available():
             row |= {"MFU": n["flops"] / seconds / world / PEAK_FLOPS, "peak GB": torch.cuda.max_memory_allocated() / 1e9}

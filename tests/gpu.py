@@ -100,7 +100,7 @@ def draw_pack(rng, length):
 
 
 def document_lengths(seed, length):
-    """(encoder frames of every clip, positions of every document, the tail among them) of one pack."""
+    """(encoder frames of every clip, positions of every document, the rest as one more) of one pack."""
     samples, left = draw_pack(random.Random(seed), length)
     clips = [round(n * M.RATE) for s in samples for kind, n in s if kind == "speech"]
     return M.Encoder.lengths(clips), [positions(s) for s in samples] + [left] * (left > 0)
@@ -417,7 +417,7 @@ def make_sample(sample, config, rng):
 def our_pack(samples, left):
     """A pack as the lanes of inserter.py make it."""
     documents = [M.Encoded("sample", ids, labels, clips, []) for ids, labels, clips in samples]
-    return M.packed(documents + ([M.Encoded("", [0] * left, [M.IGNORE] * left, [], [])] if left else []), False, [], {})
+    return M.packed(documents, False, left, [], {})
 
 
 def their_batches(samples, config, at_once):
@@ -473,7 +473,7 @@ def measure_ours(model, packs, targets, checkpointing, compiled):
     work = sum(M.step_flops(model, pack) for pack in packs) / n
     row = {"checkpointing": checkpointing, "compiled": compiled, "compilations": torch._dynamo.utils.counters["stats"]["unique_graphs"],
            "seconds": seconds, "MFU": work / seconds / PEAK, "TFLOP": work / 1e12, "peak GB": memory,
-           "tokens/s": sum(len(p.ids) - p.waste for p in packs) / n / seconds,
+           "tokens/s": sum(len(p.ids) for p in packs) / n / seconds,
            "audio s/s": sum(len(p.audio) for p in packs) / n / M.RATE / seconds}
     how = f"ours{', checkpointing' * checkpointing}{', compiled' * compiled}{' ' + str(row['compilations']) + ' x' if compiled else ''}"
     print(f"  {how:34} {seconds:.4f} s | MFU {row['MFU']:.1%} | {row['tokens/s']:,.0f} tokens/s | "
@@ -515,9 +515,9 @@ def count_operations():
     for seed in range(n):
         samples, left = draw_pack(random.Random(seed), 400 if DRY else 8192)
         pack = our_pack([make_sample(s, model.config, rng) for s in samples], left)
-        total, alone = M.step_flops(model, pack), torch.arange(len(pack.ids) - left + 1)
+        total, alone = M.step_flops(model, pack), torch.arange(len(pack.ids) + 1)
         without = {"LM head": replace(pack, supervised=0), "encoder and adapter": replace(pack, clip_samples=[]),
-                   "LLM, attention": replace(pack, cu_seqlens=alone, waste=0)}
+                   "LLM, attention": replace(pack, cu_seqlens=alone)}
         for name, rest in without.items():
             sums[name] = sums.get(name, 0) + total - M.step_flops(model, rest)
         sums["all"] = sums.get("all", 0) + total

@@ -350,12 +350,12 @@ def test_kernels_compile_for_hopper():
 def flops_by_formula(samples, text, supervised):
     heard = M.audio_positions(samples) if samples else 0
     clips = [samples] if samples else []
-    pack = M.Pack(None, None, None, [0, heard + text, heard + text + 9], None, clips, None, [], supervised, 9, [], {})
+    pack = M.Pack(None, None, None, [0, heard + text], None, clips, None, [], supervised, 9, [], {})
     return M.step_flops(small_model(), pack)
 
 
 def test_step_flops_are_those_of_the_products():
-    """By hand, for one text, then for a clip beside it; the tail of 9 positions never counts."""
+    """By hand, for one text, then for a clip beside it; the 9 positions left over never count."""
     n, d, ffn, heads, kv, vocab = 100, 64, 64, 64, 32, 64
     layer = 2 * n * (d * heads + 2 * d * kv + heads * d + 3 * d * ffn) + 2 * 2 * heads * n * n / 2
     assert flops_by_formula(0, n, 7) == 3 * (2 * layer + 2 * 7 * d * vocab)

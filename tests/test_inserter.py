@@ -235,12 +235,12 @@ def lane(c, tok, number=0, cursor=None):
 
 
 def documents_of(pack):
-    """[(name, ids, labels)] of a pack's documents, without the tail."""
-    spans = list(zip(pack.cu_seqlens, pack.cu_seqlens[1:]))[:len(pack.names)]
+    """[(name, ids, labels)] of a pack's documents."""
+    spans = zip(pack.cu_seqlens, pack.cu_seqlens[1:])
     return [(name, pack.ids[a:b].tolist(), pack.labels[a:b].tolist()) for name, (a, b) in zip(pack.names, spans)]
 
 
-def test_a_pack_is_whole_documents_and_a_tail(c, tok):
+def test_a_pack_is_whole_documents_and_no_padding(c, tok):
     samples = {}
     for path in Path(c.data).glob("*/train-*.tar"):
         for n in range(synth.read_index(path)["count"]):
@@ -249,15 +249,14 @@ def test_a_pack_is_whole_documents_and_a_tail(c, tok):
     one = lane(c, tok)
     for _ in range(30):
         p = one.pack()
-        assert len(p.ids) == len(p.labels) == len(p.position_ids) == p.cu_seqlens[-1] == 40
+        assert len(p.ids) == len(p.labels) == len(p.position_ids) == p.cu_seqlens[-1] == 40 - p.waste
         for name, ids, labels in documents_of(p):
             if len(samples[name].ids) <= 40:
                 assert (ids, labels) == (samples[name].ids, samples[name].labels)
         for a, b in zip(p.cu_seqlens, p.cu_seqlens[1:]):
             assert p.position_ids[a:b].tolist() == list(range(b - a))
         assert p.waste == 40 - sum(len(ids) for _, ids, _ in documents_of(p))
-        assert (p.labels[40 - p.waste:] == M.IGNORE).all() and p.supervised == (p.labels != M.IGNORE).sum() > 0
-        assert len(p.cu_seqlens) == 1 + len(p.names) + (p.waste > 0)
+        assert p.supervised == (p.labels != M.IGNORE).sum() > 0 and len(p.cu_seqlens) == 1 + len(p.names)
         assert sum(p.clip_samples) == len(p.audio) and len(p.clip_samples) == sum("text" not in name for name in p.names)
 
 
@@ -344,7 +343,7 @@ def test_a_damaged_shard_stops_the_feed_with_its_name(c, tok, tmp_path):
 
 
 def test_one_batch_of_packs(c, tok):
-    """The documents of all packs, end to end; the tails stay behind."""
+    """The documents of all packs, end to end, and nothing else."""
     packs = [lane(c, tok, number).pack() for number in range(3)]
     batch, whole = M.batch_of(packs), [document for p in packs for document in documents_of(p)]
     cu, count = batch["cu_seqlens"].tolist(), len(whole)
