@@ -575,7 +575,7 @@ def score_rows(rows: list[dict], resamples: int) -> tuple[list[dict], dict]:
     return scored, results
 
 
-def score_file(c: synth.Config) -> dict:
+def score_file(c: synth.Settings) -> dict:
     """`score=FILE.jsonl`: write FILE.jsonl.scored.jsonl and FILE.jsonl.results.json, both after all is scored."""
     path = Path(c.score)
     scored, results = score_rows(read_rows(path), c.bench.bootstrap)
@@ -664,7 +664,7 @@ def answer_parts(row: dict, suite: str) -> dict[str, tuple[float, float]]:
     return parts | {"coverage": (parts[METRICS[suite][0]][1], 1)}
 
 
-def score_answers(rows: list[dict], c: synth.Config) -> tuple[list[dict], list[dict], dict]:
+def score_answers(rows: list[dict], c: synth.Settings) -> tuple[list[dict], list[dict], dict]:
     """Score one system's rows: the rows with their verdicts, what each adds to the figures, and the figures."""
     closed = c.suite == "closed"
     scored = [closed_verdicts(row, c.official) if closed else judged_verdicts(row, c.suite, c.official) for row in rows]
@@ -704,7 +704,7 @@ def differences(paths: list[Path], systems: list[list[dict]], parts: list[list[d
     return {"to": str(paths[1]), "pairs": len(pairs)} | with_intervals(found)
 
 
-def score_systems(c: synth.Config) -> None:
+def score_systems(c: synth.Settings) -> None:
     """`score=A.jsonl[,B.jsonl]`: write and print the figures of one system, or of two and their difference (in A's)."""
     paths = [Path(c.score)] if Path(c.score).is_file() else list(map(Path, c.score.split(",")))
     if len(paths) > 2 or c.bench.bootstrap < 100:
@@ -757,7 +757,7 @@ def decompose(task: dict) -> dict:
     return {"decomposed_questions": questions, "decomposed_checks": {"instruction_id_list": ids, "kwargs": kwargs}}
 
 
-def row_of(item: str, suite: str, condition: str, task: dict, c: synth.Config, spoken: bool, **extra) -> dict:
+def row_of(item: str, suite: str, condition: str, task: dict, c: synth.Settings, spoken: bool, **extra) -> dict:
     """One row of prompts.jsonl; `extra` overrides."""
     key = f"{item}-{condition.replace(' ', '-')}-{'spoken' if spoken else 'typed'}"
     row = {"key": key, "suite": suite, "condition": condition, "lang": c.synth.lang, "prompt": task["prompt"],
@@ -767,7 +767,7 @@ def row_of(item: str, suite: str, condition: str, task: dict, c: synth.Config, s
     return row | ({"withdrawn": task["withdrawn"]} if "withdrawn" in task else {}) | extra
 
 
-def draw_rows(c: synth.Config) -> list[dict]:
+def draw_rows(c: synth.Settings) -> list[dict]:
     """All rows of the suite but the floors, with the voice of those that are to be spoken."""
     rows, b = [], c.bench
     parts = {"closed": (synth.draw_instruction, synth.CLOSED, b.rows),
@@ -787,12 +787,12 @@ def draw_rows(c: synth.Config) -> list[dict]:
     return rows
 
 
-def condition_rows(make: Callable, task: dict, n: int, c: synth.Config, rng: random.Random) -> list[dict]:
+def condition_rows(make: Callable, task: dict, n: int, c: synth.Settings, rng: random.Random) -> list[dict]:
     """One closed-ended instruction under the four conditions beside standard; noises, accents, styles in turn."""
     b, standard = c.bench, functools.partial(synth.draw_voice, rng, synth.candidates("test", c.synth), c.synth)
     noise, snr = noises(b)[n % len(noises(b))], b.snr[n // len(noises(b)) % len(b.snr)]
     accent, style = b.accents[n % len(b.accents)], list(STYLES)[n % len(STYLES)]
-    abroad = synth.draw_voice(rng, synth.candidates("test", c.synth), dataclasses.replace(c.synth, accents=[accent]))
+    abroad = synth.draw_voice(rng, synth.candidates("test", c.synth), synth.Settings(c.synth | {"accents": [accent]}))
     wording = task | {"prompt": synth.disfluent(task["prompt"], rng)}
     return [make("background noise", task=task, spoken=True, voice=standard(), noise={"kind": noise, "snr": snr},
                  variant=f"{Path(noise).stem} {snr:g} dB"),
@@ -802,7 +802,7 @@ def condition_rows(make: Callable, task: dict, n: int, c: synth.Config, rng: ran
             make("disfluency", task=wording, spoken=False)]
 
 
-def style_voice(style: str, c: synth.Config, rng: random.Random) -> dict:
+def style_voice(style: str, c: synth.Settings, rng: random.Random) -> dict:
     """A voice that whispers, shouts, …: espeak's parameters drawn from the ranges in STYLES."""
     values = {name: rng.randint(*span) for name, span in STYLES[style].items() if name != "timbres"}
     timbre = rng.choice(STYLES[style].get("timbres") or synth.candidates("test", c.synth))
@@ -845,7 +845,7 @@ def folder_noises(folder: str) -> list[str]:
     return found
 
 
-def noises(b: synth.Bench) -> list[str]:
+def noises(b: synth.Settings) -> list[str]:
     return folder_noises(b.noise) if b.noise else ["babble", "pink", "white"]
 
 
@@ -877,7 +877,7 @@ def read_recording(path: str) -> np.ndarray:
     return recording
 
 
-def speak(c: synth.Config, rows: list[dict], folder: Path) -> list[float]:
+def speak(c: synth.Settings, rows: list[dict], folder: Path) -> list[float]:
     """Speak the rows in order, add their noise, write folder/<audio_path>; return the clips' seconds."""
     torch.set_num_threads(1)
     engine, clean, seconds = synth.load_engine("espeak"), {}, []
@@ -898,7 +898,7 @@ def speak(c: synth.Config, rows: list[dict], folder: Path) -> list[float]:
     return seconds
 
 
-def speak_job(c: synth.Config, rows: list[dict], folder: Path) -> list[float] | str:
+def speak_job(c: synth.Settings, rows: list[dict], folder: Path) -> list[float] | str:
     """`speak` in a process of its own; a UserError comes back as its sentence."""
     try:
         return speak(c, rows, folder)
@@ -908,7 +908,7 @@ def speak_job(c: synth.Config, rows: list[dict], folder: Path) -> list[float] | 
         return f"{folder / 'audio'} could not be written ({error.strerror}); make room, then start again."
 
 
-def make_prompts(c: synth.Config, folder: Path) -> list[dict]:
+def make_prompts(c: synth.Settings, folder: Path) -> list[dict]:
     """Read prompts.jsonl, or draw and speak the suite and write it: last, so that one which exists is whole."""
     path = folder / "prompts.jsonl"
     if path.is_file():
@@ -935,7 +935,7 @@ def make_prompts(c: synth.Config, folder: Path) -> list[dict]:
 # floor "nearest training prompt" asks no model: it is what a table of the training dialogues would answer.
 # --------------------------------------------------------------------------------------------------
 
-def training_turns(c: synth.Config) -> list[tuple[str, str]]:
+def training_turns(c: synth.Settings) -> list[tuple[str, str]]:
     """(question, answer) of every turn in the training corpus, repeated ones left out, in order."""
     turns = {}
     for path in sorted((Path(c.data) / "corpus").glob("train-*.jsonl")):
@@ -977,7 +977,7 @@ def way(row: dict) -> tuple[int, int, str]:
     return list(SHOWN).index(row["suite"]), [*CONDITIONS, *FLOORS].index(row["condition"]), mode(row)
 
 
-def ask_rows(c: synth.Config, folder: Path, rows: list[dict]) -> list[dict]:
+def ask_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> list[dict]:
     """Answer the rows that answers.jsonl lacks; return all answered rows as they stand there."""
     path = folder / "answers.jsonl"
     done, turns = answered_keys(path), training_turns(c)
@@ -1000,7 +1000,7 @@ def ask_rows(c: synth.Config, folder: Path, rows: list[dict]) -> list[dict]:
     return read_rows(path)
 
 
-def ask_batch(c: synth.Config, folder: Path, batch: list[dict], model, tokenizer, turns: list) -> list[dict]:
+def ask_batch(c: synth.Settings, folder: Path, batch: list[dict], model, tokenizer, turns: list) -> list[dict]:
     """Answer rows of one way of asking; each returns with `response`, `truncated`, and `pred_score` if open-ended."""
     most, first = c.bench.max_tokens, batch[0]
     if first["condition"] == NEAREST:
@@ -1079,7 +1079,7 @@ def print_aligned(rows: list[list[str]], left: int) -> None:
         print("  ".join((str.ljust if i < left else str.rjust)(row[i], width) for i, width in enumerate(widths)))
 
 
-def print_scores(c: synth.Config, paths: list[Path], results: list[dict]) -> None:
+def print_scores(c: synth.Settings, paths: list[Path], results: list[dict]) -> None:
     """Percent with 95 % intervals; closed-ended types of instruction one by one; published rows where asked for."""
     for path, found in zip(paths, results):
         print(", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)),
@@ -1189,7 +1189,7 @@ def card(row: dict, audio: str, heard: str | None) -> str:
             f"<p>{chips}</p></section>")
 
 
-def write_report(c: synth.Config, folder: Path, scored: list[dict], results: dict) -> Path:
+def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: dict) -> Path:
     """Write report.html, one page that needs no other file."""
     body, n = cards(scored, folder)
     gap = results["closed"]["standard"]["gap"]["strict-prompt"]["difference"]
@@ -1215,7 +1215,7 @@ def write_report(c: synth.Config, folder: Path, scored: list[dict], results: dic
 SHAPING = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")     # synth's: the voices
 
 
-def check_settings(c: synth.Config) -> Path:
+def check_settings(c: synth.Settings) -> Path:
     """Find the run's model; return the benchmark's folder, refusing to continue one made by other settings."""
     model, folder, b = Path("runs") / c.run / "model", Path("runs") / c.run / "bench", c.bench
     if not (model / "config.json").is_file():
@@ -1231,14 +1231,14 @@ def check_settings(c: synth.Config) -> Path:
     digest = hashlib.sha256()
     for path in sorted(path for path in model.iterdir() if path.is_file()):
         digest.update(path.read_bytes())
-    settings = {"bench": {k: v for k, v in vars(b).items() if k not in ("batch", "bootstrap")}, "seed": c.seed,
-                "synth": {k: v for k, v in vars(c.synth).items() if k in SHAPING}, "model": digest.hexdigest()}
+    settings = {"bench": {k: v for k, v in b.items() if k not in ("batch", "bootstrap")}, "seed": c.seed,
+                "synth": {k: v for k, v in c.synth.items() if k in SHAPING}, "model": digest.hexdigest()}
     remedy = "name another run with run=…, or benchmark anew with fresh=true"
     synth.same_settings(folder / "settings.json", settings, (), remedy)
     return folder
 
 
-def benchmark(c: synth.Config) -> dict:
+def benchmark(c: synth.Settings) -> dict:
     folder = check_settings(c)
     rows = ask_rows(c, folder, make_prompts(c, folder))
     scored, results = score_rows(rows, c.bench.bootstrap)

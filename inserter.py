@@ -60,7 +60,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2AudioConfi
 from transformers.audio_utils import mel_filter_bank
 
 import synth
-from synth import Config, UserError
+from synth import Settings, UserError
 
 try:
     import triton
@@ -174,7 +174,7 @@ def read_encoded(path: Path, number: int, tok: Tokenizer) -> Encoded:
     return encode(sample, {name: synth.decode_flac(data) for name, data in files.items()}, tok)
 
 
-def train_tokenizer(c: Config, folder: Path) -> None:
+def train_tokenizer(c: Settings, folder: Path) -> None:
     """Byte-level BPE with Qwen2's word splitting, trained on the first `text` shard; AutoTokenizer opens the folder."""
     path = synth.shard_path(c, "text", "train", 0)
     texts = [SYSTEM, "system\nuser\nassistant\n", "Audio 1: ", *(task["ask"] for task in synth.TASKS.values())]
@@ -201,9 +201,9 @@ def train_tokenizer(c: Config, folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-def load_tokenizer(c: Config) -> Tokenizer:
+def load_tokenizer(c: Settings) -> Tokenizer:
     """The tokenizer of the given weights, or, from scratch, data/tokenizer, trained when it is first needed."""
-    if source := c.model.from_ or c.model.llm:
+    if source := c.model["from"] or c.model.llm:
         hf = AutoTokenizer.from_pretrained(find_checkpoint(source))
         hf.add_special_tokens({"extra_special_tokens": [AUDIO_BOS, AUDIO, AUDIO_EOS]}, replace_extra_special_tokens=False)
         return Tokenizer(hf)
@@ -251,7 +251,7 @@ class Pack:
 class Recipe:
     """The shards of one recipe as one long list per epoch: shards shuffled, samples shuffled inside each."""
 
-    def __init__(self, c: Config, name: str, salt: str):
+    def __init__(self, c: Settings, name: str, salt: str):
         self.paths = sorted((Path(c.data) / name).glob("train-*.tar"))[:c.synth.shards.get(name, 0)]
         self.name, self.salt = name, f"{c.seed} {salt} {name}"
         self.counts = [synth.read_index(path)["count"] for path in self.paths]
@@ -282,7 +282,7 @@ class Lane:
     that is needed to go on.
     """
 
-    def __init__(self, c: Config, tok: Tokenizer, stage: str, lane: int, cursor: dict | None):
+    def __init__(self, c: Settings, tok: Tokenizer, stage: str, lane: int, cursor: dict | None):
         settings = c.train.stages[stage]
         self.mix = {name: share for name, share in settings.mix.items() if share > 0}
         self.recipes = {name: Recipe(c, name, stage) for name in self.mix}
@@ -362,7 +362,7 @@ def packed(documents: list[Encoded], ctc: bool, waste: int, skipped: list[str], 
 class Lanes(IterableDataset):
     """The packs of some lanes, in turn, for a reading process. An error comes through as the item itself."""
 
-    def __init__(self, c: Config, tok: Tokenizer, stage: str, lanes: list[int], cursors: dict[int, dict]):
+    def __init__(self, c: Settings, tok: Tokenizer, stage: str, lanes: list[int], cursors: dict[int, dict]):
         self.arguments = c, tok.hf, stage, lanes, cursors
 
     def __iter__(self) -> Iterator[Pack | UserError]:
@@ -383,7 +383,7 @@ class Lanes(IterableDataset):
 class Feed:
     """One rank's packs, step by step: `workers` reading processes, each with its own share of the rank's lanes."""
 
-    def __init__(self, c: Config, tok: Tokenizer, stage: str, lanes: list[int], cursors: dict[int, dict], pin: bool):
+    def __init__(self, c: Settings, tok: Tokenizer, stage: str, lanes: list[int], cursors: dict[int, dict], pin: bool):
         self.lanes, self.cursors, workers = lanes, dict(cursors), min(c.train.workers, len(lanes))
         shares = [lanes[w::workers] for w in range(workers)] if workers else [lanes]
         options = {"num_workers": 1, "prefetch_factor": 2 * len(shares[0]), "multiprocessing_context": fork_server(),
@@ -1170,7 +1170,7 @@ def read_audio(path: str) -> np.ndarray:
     return waveform
 
 
-def load_run(c: Config) -> tuple[InSerter, Tokenizer]:
+def load_run(c: Settings) -> tuple[InSerter, Tokenizer]:
     """The exported model of run c.run, on this process's device. UserError if there is none."""
     folder = run_folder(c) / "model"
     if not (folder / "config.json").is_file():
@@ -1178,7 +1178,7 @@ def load_run(c: Config) -> tuple[InSerter, Tokenizer]:
     return load_model(folder).to(device_here()).eval(), open_tokenizer(folder)
 
 
-def ask(c: Config) -> str:
+def ask(c: Settings) -> str:
     question = read_audio(c.ask) if Path(c.ask).suffix.lower() in (".wav", ".flac", ".ogg", ".mp3") else c.ask
     model, tok = load_run(c)
     return answer(model, tok, [question], c.bench.max_tokens, 1)[0][0]
@@ -1204,7 +1204,7 @@ def after_speech(sample: dict) -> tuple[dict, int]:
     return kept, characters
 
 
-def dev_samples(c: Config, recipe: str, count: int) -> list[tuple[dict, dict]]:
+def dev_samples(c: Settings, recipe: str, count: int) -> list[tuple[dict, dict]]:
     """The first dev samples of a recipe with their decoded clips; none where the corpus has none."""
     found = []
     for path in sorted((Path(c.data) / recipe).glob("dev-*.tar")):
@@ -1214,14 +1214,14 @@ def dev_samples(c: Config, recipe: str, count: int) -> list[tuple[dict, dict]]:
     return found
 
 
-def nats(c: Config, model: InSerter, encoded: list[Encoded]) -> float:
+def nats(c: Settings, model: InSerter, encoded: list[Encoded]) -> float:
     """Sum of the losses of encoded samples, packed in one forward pass."""
     with mixed_precision(c):
         return float(model(**batch_of([packed(encoded, False, 0, [], {})]), chunk=c.train.loss_chunk))
 
 
 @torch.no_grad()
-def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
+def evaluate(c: Settings, model: InSerter, tok: Tokenizer) -> dict[str, float]:
     """A point of the gap curve, samples shared out over the ranks. Text loss beside it shows what is forgotten."""
     (rank, world), sums = rank_and_world(), Counter()
     sources = {name: dev_samples(c, name, c.train.eval_samples)[rank::world] for name in ("interleaved", "text", "chat")}
@@ -1255,7 +1255,7 @@ def evaluate(c: Config, model: InSerter, tok: Tokenizer) -> dict[str, float]:
     return point
 
 
-def draw_curves(c: Config) -> None:
+def draw_curves(c: Settings) -> None:
     """runs/<run>/curves.png: the training loss, the gap curve and obedience on dev, by step."""
     from matplotlib.figure import Figure
 
@@ -1286,7 +1286,7 @@ def draw_curves(c: Config) -> None:
 # optimizer's slots); no pickle. The folder is written aside, flushed and renamed, so it is whole or absent.
 # --------------------------------------------------------------------------------------------------
 
-def run_folder(c: Config) -> Path:
+def run_folder(c: Settings) -> Path:
     return Path("runs") / c.run
 
 
@@ -1313,7 +1313,7 @@ def writing(folder: Path):
                         "from the state before.") from None
 
 
-def save_state(c: Config, model: InSerter, optimizers: list, where: dict) -> None:
+def save_state(c: Settings, model: InSerter, optimizers: list, where: dict) -> None:
     """Write the state of a step and remove all but the newest few."""
     folder = run_folder(c) / "state" / f"{where['step']:08d}"
     aside = folder.with_name(f".new.{folder.name}")
@@ -1336,7 +1336,7 @@ def save_state(c: Config, model: InSerter, optimizers: list, where: dict) -> Non
         shutil.rmtree(hidden)
 
 
-def load_state(c: Config) -> tuple[dict, dict[str, torch.Tensor]] | None:
+def load_state(c: Settings) -> tuple[dict, dict[str, torch.Tensor]] | None:
     """The newest whole state: (where, tensors). A damaged one is named and the one before it is taken."""
     folders = sorted((run_folder(c) / "state").glob("[0-9]*"), reverse=True)
     for folder in folders:
@@ -1353,7 +1353,7 @@ def load_state(c: Config) -> tuple[dict, dict[str, torch.Tensor]] | None:
     return None
 
 
-def export(c: Config, model: InSerter, tok: Tokenizer) -> None:
+def export(c: Settings, model: InSerter, tok: Tokenizer) -> None:
     """runs/<run>/model/: a Qwen2-Audio checkpoint with its tokenizer, replaced whole."""
     folder = run_folder(c) / "model"
     aside = folder.with_name(".new.model")
@@ -1376,7 +1376,7 @@ def device_here() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def mixed_precision(c: Config):
+def mixed_precision(c: Settings):
     """Context in which matrix products are bfloat16, where train.precision wants that here."""
     half = c.train.precision == "bfloat16" or (c.train.precision == "auto" and device_here().type == "cuda")
     return torch.autocast(device_here().type, torch.bfloat16, enabled=half)
@@ -1401,7 +1401,7 @@ def part_of(name: str) -> str:
     return {"audio_tower": "encoder", "multi_modal_projector": "adapter"}.get(name.split(".")[0], "llm")
 
 
-def make_optimizers(c: Config, model: InSerter, stage: synth.Stage) -> list[torch.optim.Optimizer]:
+def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the matrices inside the blocks and the adapter if so set; every trained parameter in one group.
 
     Muon orthogonalises a matrix's update; embeddings, the LM head, convolutions and vectors are AdamW's.
@@ -1409,7 +1409,7 @@ def make_optimizers(c: Config, model: InSerter, stage: synth.Stage) -> list[torc
     groups: dict[str, list[dict]] = {"muon": [], "adamw": []}
     for part in ("encoder", "adapter", "llm"):
         named = [(n, p) for n, p in model.named_parameters() if part_of(n) == part and not n.endswith("embed_positions.weight")]
-        rate = stage.parts.get(part, 1.0)
+        rate = stage.lr_scale.get(part, 1.0)
         for _, p in named:
             p.requires_grad_(rate > 0)
         matrices = [p for n, p in named if c.train.optimizer == "muon" and p.ndim == 2
@@ -1446,7 +1446,7 @@ def step_flops(model: InSerter, pack: Pack) -> float:
     return 3 * float(encoder + (pack.words is None) * t.num_hidden_layers * layer + ends)
 
 
-def rate_at(stage: synth.Stage, step: int, progress: float) -> float:
+def rate_at(stage: Settings, step: int, progress: float) -> float:
     """Share of the learning rate: linear over `ramp` steps, then a cosine down to `floor` at progress 1."""
     cosine = (1 + math.cos(math.pi * min(progress, 1))) / 2
     return min(1.0, (step + 1) / max(stage.ramp, 1)) * (stage.floor + (1 - stage.floor) * cosine)
@@ -1461,11 +1461,11 @@ class Progress:
     targets: float = 0.0                                              # supervised tokens of the stage so far
     cursors: dict = dataclasses.field(default_factory=dict)
 
-    def share(self, stage: synth.Stage) -> float:
+    def share(self, stage: Settings) -> float:
         return self.stage_step / stage.steps if stage.steps is not None else self.targets / stage.tokens
 
 
-def backward(c: Config, network, packs: list[Pack], targets: float) -> float:
+def backward(c: Settings, network, packs: list[Pack], targets: float) -> float:
     """Forward and backward over one rank's packs; gradients become those of the mean over the global batch's targets.
 
     DDP averages over ranks, so each rank's sum is divided by targets / world. Ranks meet in the last pass only.
@@ -1511,7 +1511,7 @@ def gather(thing) -> list:
     return things
 
 
-def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots: dict, stopping: list[int]) -> bool:
+def train_stage(c: Settings, model: InSerter, tok: Tokenizer, at: Progress, slots: dict, stopping: list[int]) -> bool:
     """Train one stage from where it stands; True when it is done, False when a signal stopped it (the state is saved)."""
     stage, (rank, world) = c.train.stages[at.stage], rank_and_world()
     optimizers = make_optimizers(c, model, stage)
@@ -1548,14 +1548,14 @@ def train_stage(c: Config, model: InSerter, tok: Tokenizer, at: Progress, slots:
     return at.share(stage) >= 1
 
 
-def save_run(c: Config, model: InSerter, tok: Tokenizer, optimizers: list, at: Progress, feed: Feed) -> None:
+def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, at: Progress, feed: Feed) -> None:
     """State, then export, by rank 0; every lane's cursor comes from the rank that serves it."""
     for cursors in gather(feed.cursors):
         at.cursors |= {str(lane): cursor for lane, cursor in cursors.items()}
     error = ""
     if rank_and_world()[0] == 0:
         try:
-            save_state(c, model, optimizers, dataclasses.asdict(at) | {"tokenizer": tok.digest, "settings": synth.plain_settings(c)})
+            save_state(c, model, optimizers, dataclasses.asdict(at) | {"tokenizer": tok.digest, "settings": c})
             export(c, model, tok)
         except UserError as failed:
             error = str(failed)
@@ -1576,7 +1576,7 @@ def restore_slots(model: InSerter, optimizers: list, slots: dict[str, torch.Tens
 class Log:
     """One line per log step, a progress bar on rank 0, and metrics.jsonl."""
 
-    def __init__(self, c: Config, at: Progress, stage: synth.Stage):
+    def __init__(self, c: Settings, at: Progress, stage: Settings):
         self.c, self.at, self.stage, self.rank = c, at, stage, rank_and_world()[0]
         self.bar = tqdm(total=stage.steps or stage.tokens, initial=at.stage_step if stage.steps else int(at.targets), desc=at.stage,
                         disable=True if self.rank else None, leave=False)
@@ -1617,18 +1617,18 @@ class Log:
         self.since = time.perf_counter() if not self.sums else self.since
 
 
-def stages_of(c: Config) -> list[str]:
+def stages_of(c: Settings) -> list[str]:
     """The stages to run: those with steps=0 are left out, and, when weights are given, the warm-up stages, which make
     stand-ins for Whisper and Qwen."""
-    given = c.model.from_ or c.model.encoder
+    given = c.model["from"] or c.model.encoder
     return [name for name, stage in c.train.stages.items() if stage.steps != 0 and not (given and stage.warmup)]
 
 
-def fresh_model(c: Config, tok: Tokenizer) -> InSerter:
+def fresh_model(c: Settings, tok: Tokenizer) -> InSerter:
     """The model a run starts from: a Qwen2-Audio checkpoint, Whisper plus Qwen2, or random weights."""
     m = c.model
-    if m.from_:
-        return load_model(m.from_)
+    if m["from"]:
+        return load_model(m["from"])
     if m.encoder:
         return join_models(m.encoder, m.llm, [tok.special[name] for name in (AUDIO, AUDIO_BOS, AUDIO_EOS)], c.seed)
     audio = {"num_mel_bins": m.mels, "d_model": m.encoder_width, "encoder_layers": m.encoder_layers,
@@ -1639,7 +1639,7 @@ def fresh_model(c: Config, tok: Tokenizer) -> InSerter:
     return random_model(Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=tok.special[AUDIO]), c.seed)
 
 
-def make_missing_shards(c: Config, arguments: list[str]) -> None:
+def make_missing_shards(c: Settings, arguments: list[str]) -> None:
     """Let synth.py make this rank's share of the missing shards, then wait for the other ranks' shares."""
     rank, world = rank_and_world()
     wanted = [synth.shard_path(c, *key) for key in synth.wanted_shards(c)]
@@ -1653,16 +1653,16 @@ def make_missing_shards(c: Config, arguments: list[str]) -> None:
         time.sleep(1)
 
 
-def open_run(c: Config) -> None:
+def open_run(c: Settings) -> None:
     """Make the run's folder, or check that it was started with these settings, which it keeps in config.yaml."""
     folder = run_folder(c)
     if c.fresh and folder.exists():
         shutil.rmtree(folder)
-    synth.same_settings(folder / "config.yaml", synth.plain_settings(c), c.may_change,
+    synth.same_settings(folder / "config.yaml", c, c.may_change,
                         "choose another name with run=…, or start it anew with fresh=true")
 
 
-def tidy(c: Config, step: int) -> None:
+def tidy(c: Settings, step: int) -> None:
     """Forget what a killed process left: metrics of steps after the state that a run continues from, unfinished files."""
     folder = run_folder(c)
     for left in [*folder.glob(".*"), *folder.glob("state/.*")]:
@@ -1672,7 +1672,7 @@ def tidy(c: Config, step: int) -> None:
         synth.write_whole(path, *[line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step])
 
 
-def train(c: Config, arguments: list[str]) -> None:
+def train(c: Settings, arguments: list[str]) -> None:
     """Run the stages from the start or from the newest state."""
     rank, world = rank_and_world()
     for name in (name for name in stages_of(c) if c.train.stages[name].packs % world):

@@ -69,11 +69,32 @@ class UserError(Exception):
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. Settings
+# 7. Settings
 #
-# One YAML file for all three scripts. The class Config at the end of this file says which keys exist and
-# of which type; the values stand in config.yaml alone. A profile overrides the sections, the command line overrides both.
+# config.yaml is the schema: it says which keys exist, and the type of a key is that of its default (where
+# that is null or empty, the first word of its comment: text or integer). A profile overrides the file, the
+# command line overrides both. An indented block is a section, with fixed keys; a map in braces is a table,
+# whose names are free and which is replaced whole.
 # --------------------------------------------------------------------------------------------------
+
+class Settings(dict):
+    """A section of the settings: c.train.clip is c["train"]["clip"]."""
+
+    __setattr__ = dict.__setitem__
+
+    def __getattr__(self, key: str):
+        if key not in self:
+            raise AttributeError(f"there is no setting {key}")
+        return self[key]
+
+
+class Table(dict):
+    """A map that the YAML writes in braces, such as `mix: {interleaved: 0.4, text: 0.6}`."""
+
+
+class Argument(str):
+    """A value as given on the command line: text where the key wants text, YAML otherwise."""
+
 
 class StrictLoader(yaml.SafeLoader):
     """YAML 1.2's core types, repeated keys refused: PyYAML alone reads `1e-4` as text, `no` as False, `1:30` as 90."""
@@ -86,21 +107,25 @@ class StrictLoader(yaml.SafeLoader):
                                 f"{node.start_mark.line + 1}; keep one of the two.")
         return super().construct_mapping(node, deep)
 
-
-StrictLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern in (("null", r"~|null|"), ("bool", r"true|false"), ("int", r"[-+]?(0|[1-9][0-9]*)"),
-                       ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf")):
-    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+    def construct_table_or_section(self, node):
+        kind = Table if node.flow_style else dict
+        return kind(self.construct_mapping(node, deep=True))
 
 
 class StrictDumper(yaml.SafeDumper):
     """Writes what StrictLoader reads back: run: '1e4' in quotes, for a bare 1e4 is a number."""
 
-    yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
 
-
-class Typed(str):
-    """A value as typed on the command line: text where the key wants text, YAML otherwise."""
+StrictLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern in (
+        ("null", r"~|null"),
+        ("bool", r"true|false"),
+        ("int", r"[-+]?(0|[1-9][0-9]*)"),
+        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf")):
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), None)
+StrictLoader.add_constructor("tag:yaml.org,2002:map", StrictLoader.construct_table_or_section)
+StrictDumper.yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
+StrictDumper.add_multi_representer(dict, StrictDumper.represent_dict)
 
 
 def read_yaml(text: str, name: str):
@@ -113,97 +138,128 @@ def read_yaml(text: str, name: str):
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}.") from None
 
 
-def settle(kind, value, key: str, source: str):
-    """Turn a raw value into the annotated type `kind`, strictly: 1 is no bool, "3" no number. UserError names the key."""
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+@dataclasses.dataclass
+class Schema:
+    """The project's own config.yaml as the measure of all others: its defaults, and the types of those that are null."""
+    defaults: dict
+    types: dict[str, type]
+
+    def settle(self, default, value, key: str, source: str):
+        """A raw value as the type of its default, strictly: 1 is no bool, "3" no number. UserError names the key.
+
+        key: "train.clip", the empty text for the whole; source: the file's name.
+        """
+        declared = self.types.get(key.rpartition(".")[2])
+        if isinstance(value, Argument):
+            source = "the command line"
+            wants_text = isinstance(default, str) or (default is None and declared is str and value != "null")
+            value = str(value) if wants_text else read_yaml(value, f"{key}={value}")
+        if isinstance(default, dict):
+            return self.settle_map(default, value, key, source)
+        if default is None:
+            return None if value is None else checked_type(declared, value, key, source)
+        if isinstance(default, list):
+            kind = type(default[0]) if default else declared
+            return [checked_type(kind, item, key, source) for item in checked_type(list, value, key, source)]
+        return checked_type(type(default), value, key, source)
+
+    def settle_map(self, default: dict, value, key: str, source: str) -> Settings:
+        """A section, whose keys are those of its default; a table, whose values are of one type; or the stages."""
         if not isinstance(value, dict):
             raise UserError(f"{key} in {source} is a section; write its keys below it.")
-        names = {name.rstrip("_"): name for name in hints}
-        for name in value:
-            if name not in names:
-                near = difflib.get_close_matches(str(name), names, 1, 0.0)[0]
-                where = "the command line" if isinstance(value[name], Typed) else source
-                raise UserError(f"Unknown key {key}{'.' * bool(key)}{name} ({where}); the nearest valid key is "
-                                f"{key}{'.' * bool(key)}{near}.")
-        for name in names.keys() - value.keys():
-            raise UserError(f"The key {key}{'.' * bool(key)}{name} is missing in {source}; take its line from the "
-                            "config.yaml that came with the project.")
-        return kind(**{names[n]: settle(hints[names[n]], v, f"{key}{'.' * bool(key)}{n}", source) for n, v in value.items()})
-    if isinstance(value, Typed):
-        if kind is str or (kind == str | None and value != "null"):
-            return str(value)
-        return settle(kind, read_yaml(value, f"{key}={value}"), key, "the command line")
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is types.UnionType:
-        return None if value is None else settle(inner[0], value, key, source)
-    if origin is dict and isinstance(value, dict):
-        return {str(k): settle(inner[1], v, f"{key}.{k}", source) for k, v in value.items()}
-    if origin is list and isinstance(value, list):
-        return [settle(inner[0], v, key, source) for v in value]
+        prefix = f"{key}." if key else ""
+        if key == "train.stages":                 # a stage has the keys of train.stage, and its values where it says none
+            stage = self.defaults["train"]["stage"]
+            members = {name: (stage, overlay(stage, own) if isinstance(own, dict) else own) for name, own in value.items()}
+        elif isinstance(default, Table):
+            first = next(iter(default.values()))
+            members = {name: (first, own) for name, own in value.items()}
+        else:
+            for name in value.keys() - default.keys():
+                where = "the command line" if isinstance(value[name], Argument) else source
+                near = difflib.get_close_matches(str(name), default, 1, 0.0)[0]
+                raise UserError(f"Unknown key {prefix}{name} ({where}); the nearest valid key is {prefix}{near}.")
+            for name in default.keys() - value.keys():
+                raise UserError(f"The key {prefix}{name} is missing in {source}; take its line from the config.yaml "
+                                "that came with the project.")
+            members = {name: (default[name], value[name]) for name in default}
+        return Settings({str(name): self.settle(theirs, own, f"{prefix}{name}", source)
+                         for name, (theirs, own) in members.items()})
+
+
+def checked_type(kind: type, value, key: str, source: str):
+    """The value, if it is of this type; a whole number also serves as a float."""
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UserError(f"{key} in {source} must be {getattr(kind, '__name__', kind)}, not {value!r}.")
+        raise UserError(f"{key} in {source} must be {kind.__name__}, not {value!r}.")
     return value
 
 
 def overlay(base: dict, over: dict) -> dict:
-    """Lay `over` upon `base`, section by section."""
-    both = base.keys() & over.keys()
-    return base | over | {k: overlay(base[k], over[k]) for k in both if isinstance(base[k], dict) and isinstance(over[k], dict)}
+    """Lay `over` upon `base`, section by section; a table is replaced whole."""
+    result = base | over
+    for name in base.keys() & over.keys():
+        if type(base[name]) is dict and isinstance(over[name], dict):
+            result[name] = overlay(base[name], over[name])
+    return result
 
 
-def load_config(arguments: list[str]) -> Config:
-    """Read config.yaml (or config=FILE), then the profile, then `key=value` arguments such as train.clip=0.5."""
-    typed = {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise UserError(f"The argument {argument!r} is not of the form key=value, for example train.clip=0.5.")
-        if key in typed:
-            raise UserError(f"The key {key} is given twice on the command line; keep one of the two.")
-        typed[key] = value
-    path = Path(typed.pop("config", Path(__file__).with_name("config.yaml")))
+def read_settings(path: Path) -> tuple[dict, dict]:
+    """A settings file as (sections, profiles)."""
     if not path.is_file():
         raise UserError(f"There is no settings file {path}; config=FILE names another.")
     raw = read_yaml(path.read_text("utf-8", errors="replace"), path.name)
     if not isinstance(raw, dict) or not isinstance(raw.get("profiles"), dict):
         raise UserError(f"{path.name} must have the section profiles beside its other keys.")
-    profiles, profile = raw.pop("profiles"), typed.get("profile", raw.get("profile"))
+    return raw, raw.pop("profiles")
+
+
+def load_config(arguments: list[str]) -> Settings:
+    """Read config.yaml (or config=FILE), then the profile, then `key=value` arguments such as train.clip=0.5."""
+    given = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"The argument {argument!r} is not of the form key=value, for example train.clip=0.5.")
+        if key in given:
+            raise UserError(f"The key {key} is given twice on the command line; keep one of the two.")
+        given[key] = value
+    home = Path(__file__).with_name("config.yaml")
+    path = Path(given.pop("config", home))
+    raw, profiles = read_settings(path)
+    profile = given.get("profile", raw.get("profile"))
     if profile not in profiles:
         raise UserError(f"Unknown profile {profile!r}; {path.name} has {', '.join(profiles)}.")
     raw = overlay(raw, profiles[profile] or {})
-    for key, value in typed.items():
-        place = raw
+    for key, value in given.items():
         *sections, last = key.split(".")
-        for section in sections:
-            if not isinstance(place.get(section), dict):
-                near = difflib.get_close_matches(key, dotted(raw), 1, 0.0)[0]
-                raise UserError(f"Unknown key {key} (the command line); the nearest valid key is {near}.")
-            place = place[section]
-        place[last] = Typed(value)
-    config = settle(Config, raw, "", path.name)
+        section = raw
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            near = difflib.get_close_matches(key, dotted(raw), 1, 0.0)[0]
+            raise UserError(f"Unknown key {key} (the command line); the nearest valid key is {near}.")
+        section[last] = Argument(value)
+    declared = re.findall(r"^ *(\w+): (?:null|\[\]) +# (text|integer)\b", home.read_text("utf-8"), re.M)
+    schema = Schema(read_settings(home)[0], {name: {"text": str, "integer": int}[word] for name, word in declared})
+    config = schema.settle(schema.defaults, raw, "", path.name)
     check_config(config)
     return config
 
 
-def dotted(raw: dict, prefix: str = "") -> dict:
+def dotted(settings: dict, prefix: str = "") -> dict:
     """Flatten nested settings: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
-    for key, value in raw.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat |= dotted(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
-def plain_settings(section) -> dict:
-    """A settings object as nested dicts with the YAML's own key names."""
-    return {k.rstrip("_"): plain_settings(v) if dataclasses.is_dataclass(v) else
-            {n: plain_settings(x) if dataclasses.is_dataclass(x) else x for n, x in v.items()} if isinstance(v, dict) else v
-            for k, v in vars(section).items()}
-
-
-def check_config(c: Config) -> None:
+def check_config(c: Settings) -> None:
     """Refuse settings that contradict each other."""
     def demand(holds: bool, sentence: str) -> None:
         if not holds:
@@ -232,7 +288,7 @@ def check_config(c: Config) -> None:
     demand(c.train.optimizer in ("adamw", "muon"), f"train.optimizer must be adamw or muon, not {c.train.optimizer!r}.")
     demand((c.model.encoder is None) == (c.model.llm is None),
            "model.encoder and model.llm belong together: give both, or neither for a model from scratch.")
-    demand(c.model.from_ is None or c.model.encoder is None, "model.from and model.encoder exclude each other: keep one.")
+    demand(c.model["from"] is None or c.model.encoder is None, "model.from and model.encoder exclude each other: keep one.")
     demand(re.fullmatch(r"\d+/\d+", c.shard or "0/1") is not None and int((c.shard or "0/1").split("/")[0]) <
            int((c.shard or "0/1").split("/")[1]), f"shard must be i/n with i from 0 to n-1, not {c.shard!r}.")
     demand(re.fullmatch(r"[\w.-]+", c.run) is not None, f"run={c.run!r} must be a plain folder name.")
@@ -501,7 +557,7 @@ def read_jsonl(file: Iterable[str], path: str) -> Iterator[dict]:
         yield document
 
 
-def make_corpus(c: Config) -> dict[str, int]:
+def make_corpus(c: Settings) -> dict[str, int]:
     """Write the corpus shards that the settings name, once; return the number of shards of each split.
 
     Ranks that start together wait for the first at a lock file. Documents that are empty after cleaning are
@@ -515,7 +571,7 @@ def make_corpus(c: Config) -> dict[str, int]:
         raise UserError(f"{folder} cannot be written ({error.strerror}); choose another folder with data=….") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        settings = {k: v for k, v in plain_settings(c.synth).items() if k in CORPUS_KEYS} | {"seed": c.seed}
+        settings = {k: v for k, v in c.synth.items() if k in CORPUS_KEYS} | {"seed": c.seed}
         done = folder / "index.json"
         same_settings(folder / "settings.yaml", settings, (), OTHER_DATA, done.is_file())
         if not done.is_file():
@@ -523,7 +579,7 @@ def make_corpus(c: Config) -> dict[str, int]:
         return json.loads(done.read_text())["shards"]
 
 
-def write_corpus(c: Config, folder: Path) -> dict:
+def write_corpus(c: Settings, folder: Path) -> dict:
     waiting, written, empty = {"train": [], "dev": [], "test": []}, Counter(), 0
 
     def flush(split: str) -> None:
@@ -549,7 +605,7 @@ def texts_of(document: dict) -> list[str]:
     return [m["content"] for m in document["messages"]] if "messages" in document else [document["text"]]
 
 
-def split_documents(c: Config) -> Iterator[tuple[str, dict]]:
+def split_documents(c: Settings) -> Iterator[tuple[str, dict]]:
     """Pair each cleaned document with its split. The tiny world knows its own; other text is split by hash."""
     if c.synth.corpus == "tiny":
         for split, count in (("train", c.synth.documents), ("dev", c.synth.held_out_documents)):
@@ -634,7 +690,7 @@ def sentences(text: str) -> list[tuple[int, int]]:
     return [(a + len(t) - len(t.lstrip()), b - len(t) + len(t.rstrip())) for a, b, t in pieces if t.strip()]
 
 
-def segments(text: str, s: Synth, rng: random.Random) -> list[tuple[int, int]]:
+def segments(text: str, s: Settings, rng: random.Random) -> list[tuple[int, int]]:
     """Character ranges of the text that shall be spoken, in order: the method's choice at word or sentence level."""
     if s.level == "sentence":
         ranges = sentences(text)
@@ -1018,7 +1074,7 @@ def speakable(text, lang):
 # spoken afterwards, all of a shard in one go.
 # --------------------------------------------------------------------------------------------------
 
-def interleaved(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
+def interleaved(document: dict, s: Settings, rng: random.Random) -> Iterator[dict]:
     """Stage 1's own recipe: text with segments of it spoken; in dialogues the question, or its tail, is spoken."""
     if "text" in document:
         yield {"parts": splice(document["text"], segments(document["text"], s, rng), True), "messages": None}
@@ -1026,7 +1082,7 @@ def interleaved(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
         yield {"parts": None, "messages": [message(m, s.spoken_turns, s, rng, True, True) for m in document["messages"]]}
 
 
-def message(m: dict, spoken: float, s: Synth, rng: random.Random, loss: bool, tails: bool) -> dict:
+def message(m: dict, spoken: float, s: Settings, rng: random.Random, loss: bool, tails: bool) -> dict:
     """One turn. A user's is spoken with probability `spoken`: whole, or (half the time, if tails) from a random word on."""
     text, ranges = m["content"], []
     words = [w.start() for w in WORD.finditer(text)]
@@ -1036,7 +1092,7 @@ def message(m: dict, spoken: float, s: Synth, rng: random.Random, loss: bool, ta
     return {"role": m["role"], "content": splice(text, ranges, loss)}
 
 
-def tasks(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
+def tasks(document: dict, s: Settings, rng: random.Random) -> Iterator[dict]:
     """Speech tasks: a sentence or question, or some words of it, is spoken, then transcribed, or its speaker or speed is named.
 
     Short clips teach hearing sooner than whole sentences do, for little else than the clip tells what was said.
@@ -1051,7 +1107,7 @@ def tasks(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
         yield {"parts": [part, text_part(TASKS[task]["ask"], False), {"role": "answer", "task": task}], "messages": None}
 
 
-def typed(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
+def typed(document: dict, s: Settings, rng: random.Random) -> Iterator[dict]:
     """Pure text, so that the LLM keeps what it knows; every position is a target."""
     if "text" in document:
         yield {"parts": [text_part(document["text"], True)], "messages": None}
@@ -1059,7 +1115,7 @@ def typed(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
         yield {"parts": None, "messages": [message(m, 0, s, rng, True, False) for m in document["messages"]]}
 
 
-def chat(document: dict, s: Synth, rng: random.Random) -> Iterator[dict]:
+def chat(document: dict, s: Settings, rng: random.Random) -> Iterator[dict]:
     """Fine-tuning: dialogues with spoken and typed questions, the answers alone are targets."""
     if "messages" in document:
         yield {"parts": None, "messages": [message(m, s.spoken_questions, s, rng, m["role"] == "assistant", False)
@@ -1082,7 +1138,7 @@ def parts_of(sample: dict) -> list[list[dict]]:
     return [sample["parts"]] if sample["parts"] else [m["content"] for m in sample["messages"]]
 
 
-def plan_shard(c: Config, recipe: str, split: str, shard: int) -> list[dict]:
+def plan_shard(c: Settings, recipe: str, split: str, shard: int) -> list[dict]:
     """Read corpus shard `shard` and plan its samples; speech parts have text and voice, audio follows."""
     s, path = c.synth, Path(c.data) / "corpus" / f"{split}-{shard:06d}.jsonl"
     voices, samples = candidates(split, s, read_voices(s.voices) if s.voices else None), []
@@ -1097,7 +1153,7 @@ def plan_shard(c: Config, recipe: str, split: str, shard: int) -> list[dict]:
     return samples
 
 
-def plan_voices(parts: list[dict], recipe: str, voices: list, s: Synth, rng: random.Random) -> None:
+def plan_voices(parts: list[dict], recipe: str, voices: list, s: Settings, rng: random.Random) -> None:
     """Give every speech part a voice of its own, the answer of a speech task its text, unspeakable segments back to text."""
     loss = recipe == "interleaved"
     for i, part in enumerate(parts):
@@ -1127,7 +1183,7 @@ def tar_member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
 
 
-def shard_path(c: Config, recipe: str, split: str, number: int) -> Path:
+def shard_path(c: Settings, recipe: str, split: str, number: int) -> Path:
     return Path(c.data) / recipe / f"{split}-{number:06d}.tar"
 
 
@@ -1190,7 +1246,7 @@ def decode_flac(data: bytes) -> np.ndarray:
 CLIPS_AT_ONCE = 32                # clips resampled, and batched by hf: engines, together
 
 
-def make_shard(c: Config, recipe: str, split: str, number: int) -> dict:
+def make_shard(c: Settings, recipe: str, split: str, number: int) -> dict:
     """Plan a shard's samples, speak them, gate them, write them. Returns its counts and the seconds it took."""
     torch.set_num_threads(1)
     started, samples = time.perf_counter(), plan_shard(c, recipe, split, number)
@@ -1211,7 +1267,7 @@ def make_shard(c: Config, recipe: str, split: str, number: int) -> dict:
     return dict(counts) | {"took": time.perf_counter() - started}
 
 
-def finish_parts(parts: list[dict], waveforms: dict, files: dict[str, bytes], loss: bool, gate_settings: Gate,
+def finish_parts(parts: list[dict], waveforms: dict, files: dict[str, bytes], loss: bool, gate_settings: Settings,
                  counts: Counter) -> list[dict]:
     """Give speech parts their clip; speech that fails the gate becomes text again and is counted by reason and voice."""
     done: list[dict] = []
@@ -1237,22 +1293,22 @@ def finish_parts(parts: list[dict], waveforms: dict, files: dict[str, bytes], lo
     return done
 
 
-def shaping_settings(c: Config, recipe: str) -> dict:
+def shaping_settings(c: Settings, recipe: str) -> dict:
     """The settings that shape a recipe's bytes; the number of shards and of workers does not."""
-    return {k: v for k, v in plain_settings(c.synth).items() if k not in ("shards", "workers")} | {"seed": c.seed}
+    return {k: v for k, v in c.synth.items() if k not in ("shards", "workers")} | {"seed": c.seed}
 
 
 OTHER_DATA = "choose another folder with data=…, or make it anew with fresh=true"
 
 
-def wanted_shards(c: Config) -> list[tuple[str, str, int]]:
+def wanted_shards(c: Settings) -> list[tuple[str, str, int]]:
     """All shards that the settings ask for, as (recipe, split, number); makes the corpus if need be."""
     corpus = make_corpus(c)
     return [(recipe, split, n) for recipe, most in c.synth.shards.items() if most for split in corpus
             for n in range(min(most, corpus[split]) if split == "train" else corpus[split])]
 
 
-def make_shards(c: Config) -> None:
+def make_shards(c: Settings) -> None:
     """Make the shards of this process's share that do not exist yet, then print the closing report."""
     if c.fresh:
         for name in [*c.synth.shards, "corpus", "tokenizer"]:
@@ -1279,7 +1335,7 @@ def make_shards(c: Config) -> None:
         report(c, [key for key in wanted if shard_path(c, *key).is_file()], len(mine), took)
 
 
-def run_job(c: Config, key: tuple[str, str, int]) -> dict:
+def run_job(c: Settings, key: tuple[str, str, int]) -> dict:
     """make_shard in a worker process; a UserError comes back as its sentence."""
     try:
         return make_shard(c, *key)
@@ -1287,7 +1343,7 @@ def run_job(c: Config, key: tuple[str, str, int]) -> dict:
         return {"sentence": str(error)}
 
 
-def report(c: Config, keys: list[tuple[str, str, int]], made: int, took: float) -> None:
+def report(c: Settings, keys: list[tuple[str, str, int]], made: int, took: float) -> None:
     """Print what stands in the data folder: samples, hours, share of speech, rejected clips by reason and voice."""
     print(f"{'recipe':<12} {'split':<6} {'shards':>6} {'samples':>8} {'hours':>7} {'clips':>8} {'speech words':>13}")
     rejected = Counter()
@@ -1312,7 +1368,7 @@ def report(c: Config, keys: list[tuple[str, str, int]], made: int, took: float) 
 # 9. Preview: listen before you train
 # --------------------------------------------------------------------------------------------------
 
-def preview(c: Config) -> Path:
+def preview(c: Settings) -> Path:
     """Write preview.html: samples of every recipe with their clips in place, and each token's loss flag."""
     import inserter                                                   # ids and labels have one home
 
@@ -1395,136 +1451,6 @@ def main(arguments: list[str]) -> None:
         print(f"{preview(config)} is written; open it in a browser.")
     else:
         make_shards(config)
-
-
-# --------------------------------------------------------------------------------------------------
-# Data: the settings' names and types, section by section; their values and reasons stand in config.yaml
-# --------------------------------------------------------------------------------------------------
-
-@dataclasses.dataclass
-class Gate:
-    chars_per_second: list[float]
-    min_rms: float
-    max_clipped: float
-    max_seconds: float
-
-
-@dataclasses.dataclass
-class Synth:
-    corpus: str
-    lang: str
-    documents: int
-    held_out_documents: int
-    held_out_share: float
-    facts: dict[str, int]
-    shard_documents: int
-    shards: dict[str, int]
-    level: str
-    share: float
-    min_words: int
-    max_words: int
-    spoken_turns: float
-    spoken_questions: float
-    tasks: dict[str, float]
-    engine: str
-    voices: str | None
-    accents: list[str]
-    rate: list[int]
-    pitch: list[int]
-    timbres: list[str]
-    special_timbres: list[str]
-    held_out: dict[str, float]
-    gate: Gate
-    workers: int
-
-
-@dataclasses.dataclass
-class Model:
-    from_: str | None
-    encoder: str | None
-    llm: str | None
-    mels: int
-    encoder_layers: int
-    encoder_width: int
-    encoder_heads: int
-    llm_layers: int
-    llm_width: int
-    llm_heads: int
-    llm_kv_heads: int
-    llm_ffn: int
-    vocab: int
-    tie: bool
-    rope_theta: float
-
-
-@dataclasses.dataclass
-class Stage:
-    warmup: bool
-    ctc: bool
-    steps: int | None
-    tokens: int | None
-    mix: dict[str, float]
-    packs: int
-    lr: float
-    muon_lr: float
-    parts: dict[str, float]
-    ramp: int
-    floor: float
-
-
-@dataclasses.dataclass
-class Train:
-    stages: dict[str, Stage]
-    pack_length: int
-    packs_at_once: int
-    optimizer: str
-    betas: list[float]
-    muon_momentum: float
-    weight_decay: float
-    clip: float
-    loss_chunk: int
-    checkpointing: bool
-    precision: str
-    workers: int
-    log_every: int
-    eval_every: int
-    eval_samples: int
-    save_every: int
-    keep_states: int
-
-
-@dataclasses.dataclass
-class Bench:
-    rows: int
-    adjustment_rows: int
-    open_rows: int
-    noise: str | None
-    snr: list[float]
-    accents: list[str]
-    batch: int
-    max_tokens: int
-    bootstrap: int
-
-
-@dataclasses.dataclass
-class Config:
-    profile: str
-    run: str
-    data: str
-    seed: int
-    fresh: bool
-    shard: str | None
-    preview: int | None
-    ask: str | None
-    score: str | None
-    suite: str
-    official: bool
-    published: bool
-    may_change: list[str]
-    synth: Synth
-    model: Model
-    train: Train
-    bench: Bench
 
 
 # --------------------------------------------------------------------------------------------------
