@@ -1330,6 +1330,7 @@ def load_config(arguments: list[str]) -> Settings:
     raw = overlay(raw, profiles[profile] or {})
     for key, value in given.items():
         put(raw, key, Argument(value))
+    inherit_stage(raw)
     schema = read_schema(home)
     c = schema.settle(schema.defaults, raw, "", path.name)
     check_config(c)
@@ -1360,6 +1361,15 @@ def put(raw: dict, key: str, value: Argument) -> None:
         near = closest(key, dotted(raw))
         raise UserError(f"Unknown key {key} (the command line); the nearest valid key is {near}.")
     section[last] = value
+
+
+def inherit_stage(raw: dict) -> None:
+    """A stage has the values of train.stage where it says nothing else."""
+    match raw:
+        case {"train": {"stage": dict(stage), "stages": dict(stages)}}:
+            for name, own in stages.items():
+                if isinstance(own, dict):
+                    stages[name] = overlay(stage, own)
 
 
 def overlay(base: dict, over: dict) -> dict:
@@ -1438,11 +1448,8 @@ class Schema:
         if not isinstance(value, dict):
             raise UserError(f"{key} in {source} is a section; write its keys below it.")
         prefix = f"{key}." if key else ""
-        if key == "train.stages":           # a stage has the keys of train.stage, whose values it inherits
-            stage = self.defaults["train"]["stage"]
-            stages = value.items()
-            value = {name: overlay(stage, own) if isinstance(own, dict) else own for name, own in stages}
-            default = dict.fromkeys(value, stage)
+        if key == "train.stages":
+            default = dict.fromkeys(value, self.defaults["train"]["stage"])
         elif isinstance(default, Table):
             default = dict.fromkeys(value, next(iter(default.values())))
         else:

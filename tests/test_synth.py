@@ -1,5 +1,4 @@
-"""synth.py as specified: settings, tiny world, corpus, segments, recipes, shards, interruption, preview."""
-import base64
+"""synth.py as specified: settings, tiny world, corpus, segments, recipes, shards, interruption."""
 import contextlib
 import doctest
 import errno
@@ -93,6 +92,14 @@ def test_worked_examples():
     (["synth.level=words"], "synth.level must be word or sentence, not 'words'"),
     (["synth.min_words=12"], "synth.min_words must be at least 1 and at most synth.max_words"),
     (["synth.workers=0"], "synth.workers must be at least 1"),
+    (["synth.max_document=0"], "synth.max_document must be at least 1, not 0"),
+    (["preview=many"], "preview in the command line must be int, not 'many'"),
+    (["train.stages.sft.tokens=many"], "train.stages.sft.tokens in the command line must be int, not 'many'"),
+    (["synth.timbres=[3]"], "synth.timbres in the command line must be str, not 3"),
+    (["synth.shards={text: many}"], "synth.shards.text in the command line must be int, not 'many'"),
+    (["synth.shards=3"], "synth.shards in the command line is a section"),
+    (["train.stages.sft.stepps=3"], r"train\.stages\.sft\.stepps .*nearest valid key is train\.stages\.sft\.steps"),
+    (["train.stages.sft.tokens=5"], "train.stages.sft needs either steps or tokens"),
     (["synth.rate=[200, 100]"], r"synth\.rate must be \[lowest, highest\]"),
     (["synth.tasks={sing: 1.0}"], "synth.tasks must give .* transcribe"),
     (["synth.facts={sung: 1}"], "synth.facts must give .* stated, louder, asked, cried"),
@@ -119,6 +126,10 @@ def test_a_wrong_setting_is_one_sentence(arguments, sentence):
     ("fresh: false", "fresh: no", "fresh in my.yaml must be bool, not 'no'"),
     ("fresh: false", "fresh: [", "my.yaml is not valid YAML"),
     ("profile: tiny", "profile: tinny", "Unknown profile 'tinny'; my.yaml has tiny"),
+    ("  tiny: {}", "  tiny: {sed: 2}", "Unknown key sed .my.yaml.; the nearest valid key is seed"),
+    ("  tiny: {}", "  tiny: {synth: {shre: 0.2}}", r"Unknown key synth\.shre .my.yaml.; .*is synth\.share"),
+    ("  tiny: {}", "  tiny: {model: {llm: 3}}", "model.llm in my.yaml must be str, not 3"),
+    ("      ramp: 20", "      rampe: 20", r"Unknown key train\.stages\.sft\.rampe .my.yaml."),
     ("  gate: ", "  gate: 3\n  gaten: ", "nearest valid key is synth.gate|synth.gate in my.yaml is a section"),
 ])
 def test_a_wrong_file_is_one_sentence(tmp_path, old, new, sentence):
@@ -143,6 +154,35 @@ def test_profiles_and_the_command_line_override():
     assert (c.run, c.synth.workers, c.model.llm, c.train.stages["sft"].steps) == ("qwen", 16, "Qwen/Qwen2.5-0.5B", 7)
     assert c.synth.share == 0.3 and c.train.stages["sft"].mix["chat"] == 0.7            # the rest is inherited
     synth.load_config(["profile=paper"])
+
+
+def test_a_table_is_replaced_whole_and_a_section_key_by_key():
+    c = synth.load_config(["profile=small", "synth.shards={text: 3}", "synth.gate.max_clipped=0.5"])
+    assert c.synth.shards == {"text": 3}
+    assert (c.synth.gate.max_clipped, c.synth.gate.max_seconds) == (0.5, 30.0)
+    assert (c.synth.documents, c.synth.min_words, c.model.llm_layers, c.model.llm_width) == (80000, 5, 4, 160)
+    assert synth.load_config(["profile=small"]).synth.shards == {"interleaved": 30, "tasks": 30, "text": 40, "chat": 20}
+
+
+def test_a_stage_has_the_template_where_it_says_nothing(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(SETTINGS.replace("  stages:\n", "  stages:\n    mine:\n      tokens: 900\n      mix: {text: 1.0}\n", 1))
+    c = synth.load_config([f"config={path}"])
+    assert list(c.train.stages)[0] == "mine" and c.train.stages.mine.keys() == c.train.stage.keys()
+    assert c.train.stages.mine == c.train.stage | {"tokens": 900, "mix": {"text": 1.0}}
+    c = synth.load_config(["train.stage.packs=7"])
+    assert (c.train.stages.pretrain.packs, c.train.stages.warmup_text.packs) == (7, 6)
+
+
+def test_what_is_null_has_the_type_of_its_comment():
+    c = synth.load_config(["model.from=3", "preview=8", "synth.timbres=[f2]", "ask=12", "score=null"])
+    assert (c.model["from"], c.preview, c.synth.timbres, c.ask, c.score) == ("3", 8, ["f2"], "12", None)
+
+
+@pytest.mark.parametrize("key, value", [("preview", "8"), ("ask", "what colour is the sun")])
+def test_what_inserter_does_is_said_so(key, value):
+    with pytest.raises(UserError, match=rf"{key} belongs to inserter\.py: run python inserter\.py {key}={value}\."):
+        synth.main([f"{key}={value}"])
 
 
 @pytest.mark.parametrize("value", ["1e-4", "no", "null", "true", "12", "1:30", "a: b", "", "中文"])
@@ -197,7 +237,7 @@ def test_kinds_and_constraints():
     ("count", "two to four", ["two", "three", "four"], "bullets", None, "* two\n* three\n* four"),
 ])
 def test_reference_answers(kind, x, words, constraint, value, answer):
-    task = synth.instruction(kind, x, words, constraint, value, random.Random(0))
+    task = synth.instruction(kind=kind, x=x, words=words, constraint=constraint, value=value, rng=random.Random(0))
     assert task["answer"] == answer and x in task["prompt"]
 
 
@@ -350,6 +390,79 @@ def test_the_split_of_a_document_does_not_depend_on_its_place(tmp_path):
     assert 150 < counts["dev"] < 250 and 150 < counts["test"] < 250
 
 
+@pytest.mark.parametrize("text, most, pieces", [
+    ("One two. Three four. Five six.", 4, ["One two. Three four. ", "Five six."]),
+    ("One two. Three four. Five six.", 6, ["One two. Three four. Five six."]),
+    ("One two. Three four. Five six.", 3, ["One two. ", "Three four. ", "Five six."]),
+    ("One two three. Four.\n\nFive", 4, ["One two three. Four.\n\n", "Five"]),
+    ("one two three four five six seven", 3, ["one two three ", "four five six ", "seven"]),
+    ("One two three four. Five. Six.", 3, ["One two three ", "four. Five. Six."]),
+    ("今天很好。你好吗？我们去公园。", 7, ["今天很好。你好吗？", "我们去公园。"]),
+    ("今天很好我们去公园", 4, ["今天很好", "我们去公", "园"]),
+    ("... !", 1, ["... !"]), ("It's 3.50. \"Go!\" he said.", 2, ["It's 3.50. ", "\"Go!\" ", "he said."]),
+])
+def test_a_long_text_is_cut_at_sentence_ends(text, most, pieces):
+    assert synth.cut_text(text, most) == pieces
+
+
+def test_cutting_loses_nothing_and_keeps_the_limit():
+    rng = random.Random(0)
+    for _ in range(500):
+        words = rng.choices(["one", "two,", "球是红的", "it's", "3.50", "(well-known)", "...", "\n\n", "end."], k=60)
+        text = synth.clean("".join(word + rng.choice([" ", " ", ". ", "! ", "。", "\n"]) for word in words))
+        most = rng.randint(1, 30)
+        pieces = synth.cut_text(text, most)
+        assert "".join(pieces) == text
+        assert [w for piece in pieces for w in synth.WORD.findall(piece)] == synth.WORD.findall(text)
+        assert all(synth.count_words(piece) <= most for piece in pieces) and all(pieces)
+        whole = [text[a:b] for a, b in synth.sentences(text)]
+        for piece, following in zip(pieces, pieces[1:]):                      # no piece is shorter than it need be
+            a, b = synth.sentences(following)[0]
+            sentence = following[a:b]
+            assert synth.count_words(piece) + min(synth.count_words(sentence), most) > most or sentence not in whole
+        if max(map(synth.count_words, whole), default=0) <= most:             # then no sentence is cut
+            assert [piece[a:b] for piece in pieces for a, b in synth.sentences(piece)] == whole
+
+
+def turns(*roles):
+    """A dialogue of these roles' initials: a user's turn has four words, an answer three, the system's two."""
+    said = {"s": ("system", "be kind"), "u": ("user", "what colour is it"), "a": ("assistant", "it is red")}
+    return [{"role": said[role][0], "content": said[role][1]} for role in roles]
+
+
+@pytest.mark.parametrize("dialogue, most, pieces", [
+    ("uauaua", 14, ["uaua", "ua"]), ("uauaua", 13, ["ua", "ua", "ua"]), ("uauaua", 21, ["uauaua"]),
+    ("suauaua", 16, ["suaua", "sua"]), ("suaua", 15, ["sua", "sua"]),        # the system's turn in every piece
+    ("uaua", 1, ["ua", "ua"]), ("suaaua", 5, ["suaa", "sua"]),               # an exchange stays whole
+    ("auua", 7, ["au", "ua"]), ("s", 1, ["s"]), ("ussa", 4, ["ussa"]),
+])
+def test_a_long_dialogue_is_cut_before_a_user(dialogue, most, pieces):
+    found = synth.cut_document({"messages": turns(*dialogue)}, most)
+    assert found == [{"messages": turns(*piece)} for piece in pieces]
+
+
+def test_the_pieces_of_a_document_stand_in_order_in_its_split(tmp_path):
+    texts = [f"Document {n} has a first sentence. The second of {n} is a little longer. End {n}." for n in range(300)]
+    (tmp_path / "a.txt").write_text("\n\n".join(texts))
+    for most in (1000, 7):
+        c = synth.load_config([f"synth.corpus={tmp_path}/a.txt", f"data={tmp_path / str(most)}", "synth.held_out_share=0.1",
+                               f"synth.max_document={most}", "synth.shard_documents=50"])
+        synth.make_corpus(c)
+    for split in ("train", "dev", "test"):
+        whole, cut = ("".join(json.loads(line)["text"].replace(" ", "") for path in sorted(
+            (tmp_path / most / "corpus").glob(f"{split}-*.jsonl")) for line in path.read_bytes().splitlines())
+            for most in ("1000", "7"))
+        assert whole == cut and len(whole) > 100
+    assert len(list((tmp_path / "7" / "corpus").glob("*.jsonl"))) > len(list((tmp_path / "1000" / "corpus").glob("*.jsonl")))
+
+
+def test_no_document_of_the_tiny_world_is_cut():
+    settings = synth.load_config([]).synth
+    for split in ("train", "dev"):
+        for document in synth.tiny_world(1, split, 3000, settings.facts):
+            assert synth.cut_document(document, settings.max_document) == [document]
+
+
 # --------------------------------------------------------------------------------------------------
 # Segments
 # --------------------------------------------------------------------------------------------------
@@ -421,7 +534,7 @@ def test_splicing_loses_no_character():
     for n in range(300):
         text = "".join(rng.choices("ab c.\n 球", k=30))
         cuts = sorted(rng.sample(range(31), 4))
-        parts = synth.splice(text, [(cuts[0], cuts[1]), (cuts[2], cuts[3])], n % 2 == 0)
+        parts = synth.splice(text, [(cuts[0], cuts[1]), (cuts[2], cuts[3])], n % 2 == 0, lambda words: {"id": "v"})
         spoken = [p["text"] for p in parts if p["role"] == "speech"]
         assert joined(parts) == text and spoken == [text[cuts[0]:cuts[1]], text[cuts[2]:cuts[3]]]
         assert all(p["loss"] is (n % 2 == 0) for p in parts if p["role"] == "text")
@@ -654,7 +767,8 @@ def test_changed_settings_are_refused_by_name(small_data, tmp_path):
     before = contents(folder)
     for arguments, keys in (([*SMALL, "synth.share=0.4", "synth.rate=[150, 160]"], r"interleaved was made .*\(rate, share\); choose"),
                             ([*SMALL, "seed=2"], r"corpus was made with other settings \(seed\)"),
-                            ([*SMALL[1:], "synth.documents=60"], r"corpus was made .*\(documents\).*fresh=true")):
+                            ([*SMALL[1:], "synth.documents=60"], r"corpus was made .*\(documents\).*fresh=true"),
+                            ([*SMALL, "synth.max_document=99"], r"corpus was made .*\(max_document\)")):
         with pytest.raises(UserError, match=keys):
             synth.main([*arguments, f"data={folder}"])
     assert contents(folder) == before
@@ -701,7 +815,7 @@ def die_at(c, function, call, before):
             os.kill(os.getpid(), signal.SIGKILL)
         return result
     setattr(os, function, deadly)
-    synth.make_shard(c, "text", "train", 1)
+    synth.make_shard(c, ("text", "train", 1))
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -715,7 +829,7 @@ def test_killed_inside_the_save_a_shard_is_whole_or_absent(small_data, tmp_path,
     assert child.exitcode == -signal.SIGKILL
     shard, whole = synth.shard_path(c, "text", "train", 1), (function, call, before) == ("replace", 2, False)
     assert shard.is_file() == whole
-    synth.make_shard(c, "text", "train", 1)
+    synth.make_shard(c, ("text", "train", 1))
     expected = contents(folder_of(small_data))
     assert {name: data for name, data in contents(c.data).items() if name.startswith("text")} == {
         name: expected[name] for name in ("text/train-000001.json", "text/train-000001.tar")}
@@ -746,35 +860,3 @@ def test_a_file_that_cannot_be_flushed_leaves_the_old_one(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"a\.json could not be written \(No space left on device\); make room"):
         synth.write_whole(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.json"]
-
-
-# --------------------------------------------------------------------------------------------------
-# Preview
-# --------------------------------------------------------------------------------------------------
-
-def test_preview_is_one_page_that_needs_nothing_else(small_data, tmp_path, monkeypatch):
-    folder = tmp_path / "data"
-    shutil.copytree(folder_of(small_data), folder)
-    monkeypatch.chdir(tmp_path)
-    synth.main([*SMALL, f"data={folder}", "preview=8"])
-    page = (tmp_path / "preview.html").read_text()
-    assert "http" not in page and not re.search(r'src="(?!data:audio/flac;base64,)', page)
-    shown = [(recipe, n) for n in (0, 1) for recipe in ("interleaved", "tasks", "text", "chat")]
-    assert re.findall("<h2>(.*?)</h2>", page) == [f"{recipe}-train-00000{n}" for recipe, n in shown]
-    wanted = [data for recipe, n in shown for data in synth.read_sample(folder / recipe / "train-000000.tar", n)[1].values()]
-    assert [base64.b64decode(data) for data in re.findall("base64,([^\"]*)", page)] == wanted
-    section = page.split("<h2>tasks-train-000000</h2>")[1].split("</section>")[0]       # heard, asked, answered
-    tokens = re.findall(r'<code class="(loss)?">(.*?)</code>(?:× (\d+))?', section)
-    sample, files = synth.read_sample(folder / "tasks" / "train-000000.tar", 0)
-    samples = len(synth.decode_flac(files["00.flac"]))
-    positions = ((-(-samples // 160) - 1) // 2 + 1) // 2
-    assert [t[1] for t in tokens[:3]] == ["&lt;|audio_bos|&gt;", "&lt;|AUDIO|&gt;", "&lt;|audio_eos|&gt;"]
-    assert int(tokens[1][2]) == positions and not any(t[0] for t in tokens[:4])
-    assert "".join(t[1] for t in tokens if t[0]) == sample["parts"][2]["text"] + "&lt;|endoftext|&gt;"
-    assert f"{len(tokens) - 1 + positions} positions, {sum(bool(t[0]) for t in tokens)} targets" in section
-
-
-def test_preview_without_shards_says_so(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no shards in data to preview; run synth.py first"):
-        synth.main([*SMALL, "data=data", "preview=8"])

@@ -1,5 +1,4 @@
 """Voices, engines, and the way from waveform to file: section 5 of synth.py."""
-import dataclasses
 import hashlib
 import io
 import json
@@ -41,7 +40,7 @@ def digests(voices, reseed):
 
 def draw(n, split="train", **settings):
     rng = random.Random(0)
-    settings = dataclasses.replace(SETTINGS, **settings)
+    settings = V.Settings(SETTINGS | settings)
     chosen_from = V.candidates(split, settings)
     return [V.draw_voice(rng, chosen_from, settings) for _ in range(n)]
 
@@ -138,9 +137,9 @@ def test_voices_from_a_file(tmp_path):
 
 def test_a_split_without_voices_is_refused():
     with pytest.raises(V.UserError, match="left for test at synth.held_out="):
-        V.candidates("test", dataclasses.replace(SETTINGS, held_out={"test": 0.0, "dev": 0.1}))
+        V.candidates("test", V.Settings(SETTINGS | {"held_out": {"test": 0.0, "dev": 0.1}}))
     with pytest.raises(V.UserError, match="'wisper'; nearest valid: whisper"):
-        V.candidates("train", dataclasses.replace(SETTINGS, special_timbres=["wisper"]))
+        V.candidates("train", V.Settings(SETTINGS | {"special_timbres": ["wisper"]}))
 
 
 @pytest.mark.parametrize("text, where", [
