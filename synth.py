@@ -412,6 +412,8 @@ def parts_of(sample: dict) -> list[list[dict]]:
 # (waveforms, sample rate).
 # --------------------------------------------------------------------------------------------------
 
+Waves = tuple[list[np.ndarray], int]     # (samples,) float32 each, and their sample rate
+
 PARAMETERS = {  # name: (espeak's number, lowest, highest, espeak's own default, for a voice that says none)
     "rate": (1, 80, 450, 175),      # words per minute; outside of these espeak clamps without a word
     "volume": (2, 0, 300, 100),     # percent; above 100 espeak's gain control compresses, as a shout is
@@ -631,7 +633,7 @@ class Espeak:
             raise UserError(f"espeak-ng refused voice {voice['id']!r} (return codes {codes}): take another.")
         return np.frombuffer(b"".join(self.pieces), np.int16) * np.float32(GAIN / 32768)
 
-    def __call__(self, texts: list[str], voices: list[dict], seed: int) -> tuple[list[np.ndarray], int]:
+    def __call__(self, texts: list[str], voices: list[dict], seed: int) -> Waves:
         self.library.espeak_ng_SetRandSeed(seed)
         return [self.speak(text, voice) for text, voice in zip(texts, voices, strict=True)], self.rate
 
@@ -649,7 +651,7 @@ def hf_engine(model_name: str) -> Callable:
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     @torch.inference_mode()
-    def engine(texts: list[str], voices: list[dict], seed: int) -> tuple[list[np.ndarray], int]:
+    def engine(texts: list[str], voices: list[dict], seed: int) -> Waves:
         torch.manual_seed(seed)
         speakers = [voice.get("speaker") for voice in voices]
         waveforms = [None] * len(texts)
@@ -677,7 +679,7 @@ def python_engine(target: str) -> Callable:
         raise UserError(f"{wrong}: no function {function_name!r} in a module {module_name!r}, here or "
                         "installed.") from None
 
-    def engine(texts: list[str], voices: list[dict], seed: int) -> tuple[list[np.ndarray], int]:
+    def engine(texts: list[str], voices: list[dict], seed: int) -> Waves:
         result = function(texts, voices, seed)
         try:
             waveforms, rate = result
@@ -765,15 +767,15 @@ def to_16k(waveforms: list[np.ndarray], rate: int) -> list[np.ndarray]:
     offsets = [0]
     for waveform in waveforms:
         offsets.append(offsets[-1] + math.ceil((len(waveform) + width) / period) * period)
-    line = np.zeros(offsets[-1] + taps, np.float32)
+    track = np.zeros(offsets[-1] + taps, np.float32)
     for offset, waveform in zip(offsets, waveforms):
-        line[width + offset:width + offset + len(waveform)] = waveform
-    frames = torch.from_numpy(line).unfold(0, taps, period)                          # (periods, 487), a view
-    line = torch.cat([frames[:, first:last] @ phases for first, last, phases in bank], 1).flatten().numpy()
+        track[width + offset:width + offset + len(waveform)] = waveform
+    frames = torch.from_numpy(track).unfold(0, taps, period)                          # (periods, 487), a view
+    track = torch.cat([frames[:, first:last] @ phases for first, last, phases in bank], 1).flatten().numpy()
     clips = []
     for offset, waveform in zip(offsets, waveforms):
         start = offset * RATE // rate
-        clips.append(line[start:start + math.ceil(len(waveform) * RATE / rate)])
+        clips.append(track[start:start + math.ceil(len(waveform) * RATE / rate)])
     return clips
 
 
@@ -983,7 +985,8 @@ def split_documents(c: Settings) -> Iterator[tuple[str, dict]]:
     for document in user_corpus(settings.corpus):
         if "messages" in document:
             turns = document["messages"]
-            document = {"messages": [{"role": m["role"], "content": clean(m["content"])} for m in turns]}
+            turns = [{"role": turn["role"], "content": clean(turn["content"])} for turn in turns]
+            document = {"messages": turns}
         else:
             document = {"text": clean(document["text"])}
         share = hash_share("\n".join(texts_of(document)))
@@ -1128,6 +1131,7 @@ def is_document(value: object) -> bool:
 # the settings and its number alone. Other engines are expensive to load and stay loaded.
 # --------------------------------------------------------------------------------------------------
 
+Key = tuple[str, str, int]        # of a shard: recipe, split, number
 CLIPS_AT_ONCE = 32                # clips resampled, and batched by hf: engines, together
 
 
@@ -1151,7 +1155,7 @@ def plan_shard(c: Settings, recipe: str, split: str, number: int) -> list[dict]:
     return samples
 
 
-def make_shard(c: Settings, key: tuple[str, str, int]) -> float:
+def make_shard(c: Settings, key: Key) -> float:
     """Make the shard (recipe, split, number); returns the seconds that it took."""
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -1168,7 +1172,7 @@ def make_shard(c: Settings, key: tuple[str, str, int]) -> float:
     return time.perf_counter() - started
 
 
-def speak(samples: list[dict], c: Settings, key: tuple[str, str, int]) -> None:
+def speak(samples: list[dict], c: Settings, key: Key) -> None:
     """Give every speech part its "waveform", (samples,) float32 at 16 kHz; the engine gets CLIPS_AT_ONCE."""
     recipe, split, number = key
     lists = [parts for sample in samples for parts in parts_of(sample)]
@@ -1215,7 +1219,7 @@ def finish_speech(part: dict, files: dict[str, bytes], limits: Settings, counts:
     return {"role": "speech", "text": text, "audio": name, "seconds": seconds, "voice": voice["id"]}
 
 
-def wanted_shards(c: Settings) -> list[tuple[str, str, int]]:
+def wanted_shards(c: Settings) -> list[Key]:
     """All shards that the settings ask for, as (recipe, split, number); makes the corpus if need be."""
     corpus = make_corpus(c)
     wanted = []
@@ -1248,7 +1252,7 @@ def make_shards(c: Settings) -> None:
         report(c, finished, len(missing), took)
 
 
-def make_missing(c: Settings, keys: list[tuple[str, str, int]]) -> float:
+def make_missing(c: Settings, keys: list[Key]) -> float:
     """Make these shards in synth.workers processes; returns the seconds that they took, added up."""
     fresh = c.synth.engine == "espeak"
     context = multiprocessing.get_context("forkserver" if fresh else "spawn")
@@ -1262,7 +1266,7 @@ def make_missing(c: Settings, keys: list[tuple[str, str, int]]) -> float:
     return took
 
 
-def report(c: Settings, keys: list[tuple[str, str, int]], made: int, took: float) -> None:
+def report(c: Settings, keys: list[Key], made: int, took: float) -> None:
     """Print what stands in the data folder: samples, hours, share of speech, clips that failed the gate."""
     row = "{:<12} {:<6} {:>6} {:>8} {:>7} {:>8} {:>13}"
     print(row.format("recipe", "split", "shards", "samples", "hours", "clips", "speech words"))
@@ -1658,36 +1662,43 @@ def tiny_world(seed: int, split: str, documents: int, facts: dict[str, int]) -> 
 
 
 def story(rng: Random, facts: dict[str, int]) -> str:
-    """Write four sentences or a few more; most need an earlier one: where the ball is now, what was said.
-
-    facts: how often a fact is told in each of FACT_FORMS. What people say is any words of the world: a word
-    that is rare in facts and questions is heard often enough here.
-    """
-    forms = [form for form, weight in facts.items() for _ in range(weight)]
+    """Write four sentences or a few more; facts: how often one is told in each of FACT_FORMS."""
+    forms = [form for form, times in facts.items() for _ in range(times)]
     sentences = []
     while len(sentences) < 4:
-        drawn = draw_scenery(rng)
-        told = [[fact(rng, forms, drawn["a"], drawn["b"]) for _ in range(count)] for count in (2, 2, 3)]
-        scene = rng.choice([*SCENES, *told])
-        sentences += [sentence.format(**drawn) for sentence in scene]
+        sentences += rng.choice(draw_scenes(rng, forms))
     return " ".join(sentences)
 
 
-def draw_scenery(rng: Random) -> dict[str, str]:
-    """Draw what the sentences of SCENES speak of: two people, a thing, two places, words, numbers."""
+def draw_scenes(rng: Random, forms: list[str]) -> list[list[str]]:
+    """The scenes that a story may go on with; in most a sentence needs an earlier one: where is the ball now?
+
+    What people say is any words of the world: a word that is rare in facts and questions is heard often
+    enough.
+    """
     a, b = rng.sample(NAMES, 2)
     thing = rng.choice(NOUNS + KEYWORDS)
     words = rng.sample(LEXICON, rng.randint(3, 6))
+    line = " ".join(words)
     here, there = rng.sample(PLACES, 2)
     n = rng.randint(1, 10)
     m = rng.randint(1, 10)
     times = rng.randint(2, 5)
     span, counted = draw_arguments("count", rng)
-    return {"a": a, "b": b, "x": thing, "here": here, "there": there,
-            "n": NUMBERS[n], "m": NUMBERS[m], "sum": NUMBERS[n + m],
-            "line": " ".join(words), "LINE": " ".join(words).upper(), "backwards": " ".join(words[::-1]),
-            "times": NUMBERS[times], "repeated": " ".join([thing] * times),
-            "span": span, "counted": ", ".join(counted), "COUNTED": " ".join(counted).upper()}
+    told = [[fact(rng, forms, a, b) for _ in range(count)] for count in (2, 2, 3)]
+    return [
+        [f"{a} puts the {thing} in the {here}.", f"{b} takes the {thing} to the {there}.",
+         f"now the {thing} is in the {there}."],
+        [f"{a} has {NUMBERS[n]} apples and gets {NUMBERS[m]} more.",
+         f"{NUMBERS[n]} and {NUMBERS[m]} make {NUMBERS[n + m]}.", f"now {a} has {NUMBERS[n + m]} apples."],
+        [f"{a} says {line}.", f"{b} says {line} too."],
+        [f"{a} says {line}.", f"backwards it is {' '.join(words[::-1])}."],
+        [f"{a} says {line}.", f"{b} cries {line.upper()}."],
+        [f"{b} cries {line.upper()}.", f"{a} says {line}."],
+        [f"{a} says {thing} {NUMBERS[times]} times.", f"we hear {' '.join([thing] * times)}."],
+        [f"{a} counts from {span}.", f"we hear {', '.join(counted)}."],
+        [f"{a} counts from {span}.", f"{b} cries {' '.join(counted).upper()}."],
+        *told]
 
 
 def fact(rng: Random, forms: list[str], a: str, b: str) -> str:
@@ -1807,8 +1818,8 @@ def instruction(kind: str, x: str, words: list[str], constraint: str, value: str
 def plain_answer(kind: str, x: str, words: list[str]) -> str:
     """The answer without any constraint: a sentence for one word, an enumeration for several."""
     if kind == "tell":
-        facts = [KINDS[about]["fact"].format(x=x, y=FACTS[about][x]) for about in ("baby", "sound")]
-        return " ".join(sentence.capitalize() for sentence in facts)
+        told = [KINDS[about]["fact"].format(x=x, y=FACTS[about][x]) for about in ("baby", "sound")]
+        return " ".join(sentence.capitalize() for sentence in told)
     return f"Here: {', '.join(words)}." if kind in LISTS else f"It is {words[0]}."
 
 
@@ -1861,7 +1872,7 @@ def disfluent(prompt: str, rng: Random) -> str:
 # --------------------------------------------------------------------------------------------------
 # 10. The tiny world's words
 #
-# Data alone: word lists, facts, the kinds of instruction, the scenes of a story, the constraints.
+# Data alone: word lists, facts, the kinds of instruction, the constraints.
 # In each table of facts an answer belongs to one argument alone, so that the answer to a similar question
 # is wrong.
 # --------------------------------------------------------------------------------------------------
@@ -1914,7 +1925,7 @@ FACTS = {
     "food": table("rabbit lettuce, monkey bananas, panda bamboo, mouse cheese, horse hay, squirrel nuts, "
                   "bear honey, bird worms, spider flies, dog bones, cat mice, whale plankton"),
 }
-FACT_WORDS = " ".join(f"{x} {y}" for facts in FACTS.values() for x, y in facts.items()).split()
+FACT_WORDS = " ".join(f"{x} {y}" for known in FACTS.values() for x, y in known.items()).split()
 LEXICON = sorted({*NOUNS, *KEYWORDS, *NUMBERS, *FACT_WORDS})
 GROUPS = {
     "animals": sorted(FACTS["baby"].keys() | FACTS["sound"].keys()),
@@ -1972,20 +1983,6 @@ FACT_FORMS = {
     "asked": "{a} asks the {kind}, {again}. {b} says it is {y}.",
     "cried": "{a} asks the {kind}, {again}. {b} cries IT IS {Y}.",
 }
-
-# What else a story tells, over what draw_scenery draws.
-SCENES = [
-    ["{a} puts the {x} in the {here}.", "{b} takes the {x} to the {there}.",
-     "now the {x} is in the {there}."],
-    ["{a} has {n} apples and gets {m} more.", "{n} and {m} make {sum}.", "now {a} has {sum} apples."],
-    ["{a} says {line}.", "{b} says {line} too."],
-    ["{a} says {line}.", "backwards it is {backwards}."],
-    ["{a} says {line}.", "{b} cries {LINE}."],
-    ["{b} cries {LINE}.", "{a} says {line}."],
-    ["{a} says {x} {times} times.", "we hear {repeated}."],
-    ["{a} counts from {span}.", "we hear {counted}."],
-    ["{a} counts from {span}.", "{b} cries {COUNTED}."],
-]
 
 COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7}
 
