@@ -770,8 +770,9 @@ def to_16k(waveforms: list[np.ndarray], rate: int) -> list[np.ndarray]:
     track = np.zeros(offsets[-1] + taps, np.float32)
     for offset, waveform in zip(offsets, waveforms):
         track[width + offset:width + offset + len(waveform)] = waveform
-    frames = torch.from_numpy(track).unfold(0, taps, period)                          # (periods, 487), a view
-    track = torch.cat([frames[:, first:last] @ phases for first, last, phases in bank], 1).flatten().numpy()
+    frames = torch.from_numpy(track).unfold(0, taps, period)                         # (periods, 487), a view
+    filtered = [frames[:, first:last] @ phases for first, last, phases in bank]      # (periods, 32) each
+    track = torch.cat(filtered, 1).flatten().numpy()                                 # now at 16 kHz
     clips = []
     for offset, waveform in zip(offsets, waveforms):
         start = offset * RATE // rate
@@ -1510,9 +1511,10 @@ def check_config(c: Settings) -> None:
 
 
 def check_synth(settings: Settings) -> None:
-    level, share, held_out = settings.level, settings.share, settings.held_out
-    demand(level in ("word", "sentence"), f"synth.level must be word or sentence, not {level!r}.")
-    demand(0 <= share <= 1, f"synth.share is a share from 0 to 1, not {share}.")
+    """The demands on the section synth."""
+    demand(settings.level in ("word", "sentence"),
+           f"synth.level must be word or sentence, not {settings.level!r}.")
+    demand(0 <= settings.share <= 1, f"synth.share is a share from 0 to 1, not {settings.share}.")
     demand(1 <= settings.min_words <= settings.max_words,
            "synth.min_words must be at least 1 and at most synth.max_words.")
     for key in ("documents", "shard_documents", "max_document", "workers"):
@@ -1522,8 +1524,8 @@ def check_synth(settings: Settings) -> None:
     for key, pair in pairs.items():
         demand(len(pair) == 2 and pair[0] <= pair[1], f"synth.{key} must be [lowest, highest], not {pair}.")
     demand(len(settings.accents) > 0, "synth.accents is empty; name one at least, for example [en-us].")
-    demand(held_out.keys() == {"test", "dev"},
-           f"synth.held_out needs the keys test and dev, not {', '.join(held_out)}.")
+    demand(settings.held_out.keys() == {"test", "dev"},
+           f"synth.held_out needs the keys test and dev, not {', '.join(settings.held_out)}.")
     check_weights("tasks", settings.tasks, TASKS)
     check_weights("facts", settings.facts, FACT_FORMS)
 
