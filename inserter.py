@@ -1,14 +1,14 @@
 """InSerter: a speech LLM (encoder, adapter, LLM) trained on text in which random segments are speech.
 
-One interleaved sample becomes one sequence. `ids` is what the model reads; under each id stands its label, the
-token to be predicted there, or - where the loss does not look:
+One interleaved sample becomes one sequence. `ids` is what the model reads; under each id stands its label,
+the token to be predicted there, or - where the loss does not look:
 
-    parts    text "tom puts the "   speech, 1.62 s                                    text ". it is red"
-    ids      tom   puts  the        <|audio_bos|>  <|AUDIO|> x 40  <|audio_eos|>     .    it   is   red             <|endoftext|>
-    labels   puts  the   -          -              -               .                 it   is   red  <|endoftext|>   -
+    parts    text "tom puts the "    speech, 1.62 s                                text ". it is red"
+    ids      tom   puts  the         <|audio_bos|> <|AUDIO|> x 40 <|audio_eos|>    .   it  is   red  <end>
+    labels   puts  the   -           -             -              .                it  is  red  <end>  -
 
-Speech is conditioned on and never predicted; the text after it is, from its first token on. That token's label
-stands at <|audio_eos|>: to get it right, the model has to use what it has just heard. This is the whole method.
+Speech is conditioned on and never predicted; the text after it is, from its first token on. The label of that
+token stands at <|audio_eos|>: to get it right, the model has to use what it has heard. That is the method.
 
 Samples are packed end to end, never padded; attention stays inside a sample by `cu_seqlens`, its boundaries:
 
@@ -22,7 +22,7 @@ Samples are packed end to end, never padded; attention stays inside a sample by 
     python inserter.py ask="what colour is the sun"       or a typed one
 
 Legend  T positions of a pack   d width   Hq, Hkv query and key-value heads   D head size   V vocabulary
-        N, F, L  frames, frames kept as context, and convolution outputs of one clip   B prompts being answered
+        N, F, L  frames, frames kept as context, convolution outputs of one clip   B prompts being answered
 """
 from __future__ import annotations
 
@@ -202,8 +202,8 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
 def spaces_moved(parts: list[dict]) -> list[tuple[dict, str]]:
     """Each part with its text; spaces right before speech belong to the speech.
 
-    So they are tokenised only where speech is read as text: a lone space is a token that no pretrained LLM has
-    seen, and so heard and typed sequences have the same targets.
+    So they are tokenised only where speech is read as text: a lone space is a token that no pretrained LLM
+    has seen, and so heard and typed sequences have the same targets.
 
     >>> text, speech = {"role": "text", "text": "tom puts the "}, {"role": "speech", "text": "ball"}
     >>> [moved for _, moved in spaces_moved([text, speech])]
@@ -250,7 +250,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
 
     q           (T, Hq, D)
     k, v        (T, Hkv, D); query head h reads key-value head h // (Hq / Hkv)
-    cu_seqlens  (documents + 1,) int32 from 0 to T, empty documents allowed: [0, 3, 10] is documents of 3 and 7
+    cu_seqlens  (documents + 1,) int32 from 0 to T, empty ones allowed: [0, 3, 10] is documents of 3 and 7
     buckets     length_buckets' result, shared by all layers
     -> (T, Hq, D)
     """
@@ -351,7 +351,7 @@ class Encoder(nn.Module):
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, 3)
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, 3)
         self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
-        self.embed_positions.requires_grad_(False)                                      # sinusoids, never trained
+        self.embed_positions.requires_grad_(False)                                  # sinusoids, never trained
         self.layers = nn.ModuleList(EncoderBlock(config, layer) for layer in range(config.encoder_layers))
         self.layer_norm = nn.LayerNorm(config.d_model)
 
@@ -365,10 +365,10 @@ class Encoder(nn.Module):
         _, position = ragged(lengths)
         x = x + self.embed_positions(position.to(device, non_blocking=True))
         starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-        x = F.pad(x, (0, 0, 0, -len(x) % 16))                # a clip nobody hears rounds up: few shapes on a GPU
+        x = F.pad(x, (0, 0, 0, -len(x) % 16))             # a clip nobody hears rounds up: few shapes on a GPU
         attend = packed_attention(F.pad(starts, (0, 1), value=len(x)), False, x, self.head_size)
         x = run_blocks(self.layers, x, recompute, attend)
-        owner, pair = ragged(lengths // 2)                   # pooled inside each clip; an odd last output is dropped
+        owner, pair = ragged(lengths // 2)            # pooled inside each clip; an odd last output is dropped
         first = (starts[owner] + 2 * pair).to(device, non_blocking=True)
         pooled = (x.index_select(0, first) + x.index_select(0, first + 1)) / 2
         return self.layer_norm(pooled)
@@ -539,11 +539,11 @@ class InSerter(nn.Module):
             self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
 
     def hear(self, waveforms: list[Tensor]) -> Tensor:
-        """Waveforms -> (sum of audio_positions, d) in the LLM's space; UserError if one is too short or long."""
+        """Waveforms -> (sum of audio_positions, d) in the LLM's space. UserError: too short or long."""
         for waveform in waveforms:
             if not audio_positions(len(waveform)) or len(waveform) > LONGEST:
-                raise UserError(f"A clip of {len(waveform) / RATE:.3f} s cannot be heard: clips last from 0.021 to "
-                                "30 s; drop it, or cut it into shorter ones.")
+                raise UserError(f"A clip of {len(waveform) / RATE:.3f} s cannot be heard: clips last from "
+                                "0.021 to 30 s; drop it, or cut it into shorter ones.")
         return self.multi_modal_projector(self.audio_tower(waveforms, self.checkpoint_blocks))
 
     def embed(self, ids: Tensor, waveforms: list[Tensor]) -> Tensor:
@@ -552,7 +552,7 @@ class InSerter(nn.Module):
         count = sum(audio_positions(len(w)) for w in waveforms)
         is_audio = ids == self.config.audio_token_index
         if ids.is_cuda:                      # told late, by the device, but without waiting for it
-            torch._assert_async(is_audio.sum() == count, "the ids' <|AUDIO|> positions do not match the clips")
+            torch._assert_async(is_audio.sum() == count, "the <|AUDIO|> positions do not match the clips")
         elif (found := int(is_audio.sum())) != count:
             raise ValueError(f"The ids hold {found} <|AUDIO|> positions, but the {len(waveforms)} clips "
                              f"give {count}; count them with audio_positions(samples).")
@@ -564,7 +564,8 @@ class InSerter(nn.Module):
             x = x + 0 * self.hear([torch.zeros(4 * HOP)]).sum()
         return x
 
-    def hidden(self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, waveforms: list[Tensor]) -> Tensor:
+    def hidden(self, ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
+               waveforms: list[Tensor]) -> Tensor:
         """Hidden states of packed documents, ready for lm_head.
 
         ids, position_ids: (T,) int64, positions restart with each document; cu_seqlens: (documents + 1,)
@@ -577,11 +578,11 @@ class InSerter(nn.Module):
 
     def forward(self, ids: Tensor, labels: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
                 waveforms: list[Tensor], chunk: int, words: list[list[int]] | None = None) -> Tensor:
-        """Sum of the loss in nats (section 3), a float32 scalar. Every parameter takes part, with clips or without.
+        """Sum of the loss in nats (section 3), a float32 scalar; every parameter takes part in it.
 
-        labels[t] (T,) int64 is the token that should FOLLOW position t, or IGNORE where none is asked for; `chunk`
-        positions at a time go through the head; the other arguments are those of `hidden`. With `words` the loss
-        is `word_loss` alone.
+        labels[t] (T,) int64 is the token that should FOLLOW position t, or IGNORE where none is asked for;
+        `chunk` positions at a time go through the head; the other arguments are those of `hidden`. With
+        `words` the loss is `word_loss` alone.
         """
         if words is None:
             return next_token_losses(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk).sum()
@@ -616,10 +617,10 @@ def next_token_losses(model: InSerter, ids: Tensor, labels: Tensor, position_ids
 
 
 def word_loss(model: InSerter, waveforms: list[Tensor], words: list[list[int]]) -> Tensor:
-    """Nats of each clip's words (lists of tokens) by CTC (Graves et al. 2006), summed; <|AUDIO|> is the blank.
+    """Summed nats of each clip's words (their tokens) by CTC (Graves et al. 2006). <|AUDIO|> is the blank.
 
-    Encoder, adapter and the LLM without its blocks say, vector by vector, which word they hear, so that a word
-    heard comes to lie near the same word read. Words without room among the vectors are left out.
+    Encoder, adapter and the LLM without its blocks say, vector by vector, which word they hear, so that a
+    word heard comes to lie near the same word read. Words without room among the vectors are left out.
     """
     heard = model.language_model.model.norm(model.hear(waveforms))
     lengths = [audio_positions(len(w)) for w in waveforms]
@@ -655,7 +656,7 @@ class Progress:
 
 
 def rate_at(stage: Settings, step: int, share: float) -> float:
-    """Share of the learning rate: linear over `ramp` steps, then a cosine down to `floor` where the stage ends."""
+    """Factor of the learning rate: linear over `ramp` steps, then a cosine to `floor` at the stage's end."""
     ramp = min(1.0, (step + 1) / max(stage.ramp, 1))
     cosine = (1 + math.cos(math.pi * min(share, 1))) / 2
     return ramp * (stage.floor + (1 - stage.floor) * cosine)
@@ -663,7 +664,7 @@ def rate_at(stage: Settings, step: int, share: float) -> float:
 
 def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress, slots: dict[str, Tensor],
                 stopping: list[int]) -> bool:
-    """Train one stage from where it stands. True: it is done. False: a signal stopped it, and the state is saved.
+    """Train one stage from where it stands. True: it is done. False: a signal stopped it; the state is saved.
 
     slots: the optimizers' saved tensors, empty at a stage's beginning; stopping: not empty after a signal
     """
@@ -677,16 +678,17 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
     log = Log(c, progress, stage)
     stop = False
     while progress.share(stage) < 1 and not stop:
-        # 1. The next packs of this rank, and what those of all ranks hold together. A signal to any rank, or a
-        #    shard that cannot be read, comes to all of them with these sums.
+        # 1. The rank's next packs, and what those of all ranks hold together. A signal to one rank, or a
+        #    shard that it cannot read, comes to all with these sums.
         packs, problem = feed.next_packs()
-        totals = sum_over_ranks(feed.counts(packs, model) | {"stop": len(stopping), "problems": bool(problem)})
+        counts = feed.counts(packs, model) | {"stop": len(stopping), "problems": bool(problem)}
+        totals = sum_over_ranks(counts)
         if totals["problems"]:
             raise UserError(next(filter(None, gather(problem))))
         stop = totals["stop"] > 0            # after this step, which the cursors already count
 
-        # 2. Forward and backward. The gradient is that of the mean over the targets of all ranks: DDP averages
-        #    over ranks, so each divides its own sum by targets / world. Ranks meet in the last pass only.
+        # 2. Forward and backward. The gradient is that of the mean over all ranks' targets: DDP averages over
+        #    ranks, so each divides its own sum by targets / world. Ranks meet in the last pass only.
         loss_sum = torch.zeros((), device=device_here())
         groups = [packs[i:i + c.train.packs_at_once] for i in range(0, len(packs), c.train.packs_at_once)]
         for group in groups:
@@ -697,12 +699,13 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
                 (loss * (world / max(totals["targets"], 1))).backward()
             loss_sum += loss.detach()        # read once a step: nothing in between waits for a GPU
 
-        # 3. Clip. A norm that is not finite is the same on all ranks, and stops them before the weights change.
+        # 3. Clip. A norm that is not finite is the same on all ranks, and stops them before the weights
+        # change.
         norm = float(nn.utils.clip_grad_norm_(trained, c.train.clip))
         if not math.isfinite(norm):
             names = [name for names in gather([n for pack in packs for n in pack.names]) for name in names]
-            raise UserError(f"The loss or its gradient is not finite at step {progress.step + 1}; nothing was changed "
-                            f"by it. Samples: {', '.join(names)}.")
+            raise UserError(f"The loss or its gradient is not finite at step {progress.step + 1}; nothing "
+                            f"was changed by it. Samples: {', '.join(names)}.")
 
         # 4. Step.
         rate = rate_at(stage, progress.stage_step, progress.share(stage))
@@ -715,7 +718,8 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
         progress.stage_step += 1
         progress.targets += totals["targets"]
 
-        # From here on nothing is training: log, evaluate (but no gap of an LLM that has read no text yet), save.
+        # From here on nothing is training: log, evaluate (but no gap of an LLM that has read no text yet),
+        # save.
         log.step(float(loss_sum), rate, norm, totals)
         done = progress.share(stage) >= 1
         reads_text = not stage.warmup or set(stage.mix) != {"tasks"}
@@ -730,8 +734,8 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
 def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon where so set: every trained parameter in one group, whose "rate" is the group's own.
 
-    Muon orthogonalises the update of a matrix, which suits those inside the blocks and the adapter; embeddings,
-    the LM head, convolutions and vectors are AdamW's. Vectors do not decay.
+    Muon orthogonalises the update of a matrix, which suits those inside the blocks and the adapter;
+    embeddings, the LM head, convolutions and vectors are AdamW's. Vectors do not decay.
     """
     muon: list[dict] = []
     adamw: list[dict] = []
@@ -856,7 +860,7 @@ class Recipe:
             self.epoch = epoch
         nth = bisect_right(self.ends, index)
         shard = self.shards[nth]
-        if shard not in self.orders:                                    # one is kept: lanes read on in one shard
+        if shard not in self.orders:                                 # one is kept: lanes read on in one shard
             order = list(range(self.counts[shard]))
             random.Random(f"{self.salt} {epoch} {shard}").shuffle(order)
             self.orders = {shard: order}
@@ -882,7 +886,7 @@ class Lane:
         self.recipes = {name: Recipe(c, name, stage) for name in self.mix}
         start = {"pack": 0, "recipes": {name: {"epoch": 0, "index": 0, "fed": 0} for name in self.mix}}
         self.cursor = cursor or start
-        self.open: dict[str, Encoded] = {}                              # the document at which a recipe stands
+        self.open: dict[str, Encoded] = {}                             # the document at which a recipe stands
         self.skipped: list[str] = []
 
     def pack(self) -> Pack:
@@ -923,12 +927,13 @@ class Lane:
                 self.advance(name)
                 skipped += 1
             if skipped > self.recipes[name].total:
-                raise UserError(f"Every sample of the recipe {name} is longer than a pack ({self.length} positions, "
-                                f"{document.name} has {len(document.ids)}); raise train.pack_length.")
+                raise UserError(f"Every sample of the recipe {name} is longer than a pack ({self.length} "
+                                f"positions, {document.name} has {len(document.ids)}); raise "
+                                "train.pack_length.")
         return self.open[name]
 
     def position(self, name: str) -> int:
-        """Where the lane's next sample stands in the epoch: lane l of G reads the samples l, l + G, l + 2 G, …"""
+        """Where the lane's next sample stands in the epoch: lane l of G reads samples l, l + G, l + 2 G, …"""
         return self.cursor["recipes"][name]["index"] * self.lanes + self.lane % self.recipes[name].total
 
     def advance(self, name: str) -> None:
@@ -954,7 +959,7 @@ class Lanes(IterableDataset):
     def __iter__(self) -> Iterator[Pack | UserError]:
         if get_worker_info():
             torch.set_num_threads(1)
-            os.setpgrp()                     # torchrun's SIGTERM goes to whole process groups, but the rank reads
+            os.setpgrp()                 # torchrun's SIGTERM goes to whole process groups, but the rank reads
                                              # on until all ranks stop at one step
         try:
             tok = Tokenizer(self.hf)
@@ -967,7 +972,7 @@ class Lanes(IterableDataset):
 
 
 class Feed:
-    """One rank's packs, step by step: `workers` reading processes, each with its own share of the rank's lanes."""
+    """One rank's packs, step by step: `workers` reading processes, each with its share of the lanes."""
 
     def __init__(self, c: Settings, tok: Tokenizer, progress: Progress, lanes: list[int]):
         self.lanes = lanes
@@ -977,15 +982,18 @@ class Feed:
         shares = [lanes[worker::workers] for worker in range(workers)] or [lanes]
         options = {}
         if workers:
-            options = {"num_workers": 1, "prefetch_factor": 2 * len(shares[0]), "pin_memory": torch.cuda.is_available(),
-                       "multiprocessing_context": fork_server()}
+            options = {
+                "num_workers": 1,
+                "prefetch_factor": 2 * len(shares[0]),
+                "pin_memory": torch.cuda.is_available(),
+                "multiprocessing_context": fork_server()}
         self.loaders = []
         for share in shares:
             packs = Lanes(c, tok, progress.stage, share, cursors)
             self.loaders.append(iter(DataLoader(packs, batch_size=None, **options)))
 
     def next_packs(self) -> tuple[list[Pack], str]:
-        """The rank's next packs in the order of its lanes, or the sentence of a reading process that failed."""
+        """The rank's next packs in the order of its lanes; or none, and a failed reader's sentence."""
         begun = time.perf_counter()
         packs = [next(self.loaders[i % len(self.loaders)], None) for i in range(len(self.lanes))]
         self.waited = time.perf_counter() - begun
@@ -996,8 +1004,9 @@ class Feed:
         return packs, ""
 
     def counts(self, packs: list[Pack], model: InSerter) -> dict[str, float]:
-        """What a rank's packs hold, to be summed over the ranks; `batch` is a checksum of all ids and their order."""
-        order = zip(self.lanes, packs)
+        """What a rank's packs hold, to be summed over the ranks; `batch` is a checksum of all their ids."""
+        checksums = [zlib.crc32(pack.ids.numpy().tobytes(), pack.cursor["pack"] + (lane << 16))
+                     for lane, pack in zip(self.lanes, packs)]
         return {
             "targets": sum(pack.supervised for pack in packs),
             "positions": sum(len(pack.ids) for pack in packs),
@@ -1006,14 +1015,14 @@ class Feed:
             "skipped": sum(len(pack.skipped) for pack in packs),
             "waited": self.waited,
             "flops": sum(step_flops(model, pack) for pack in packs),
-            "batch": sum(zlib.crc32(pack.ids.numpy().tobytes(), pack.cursor["pack"] + (lane << 16)) for lane, pack in order)}
+            "batch": sum(checksums)}
 
 
 def fork_server() -> Any:
-    """Reading processes come from a server that was started before torch's threads: forking after them can hang."""
+    """Readers come from a server that was started before torch's threads: forking after them can hang."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["inserter"])
-    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)             # the server inherits this: it outlives
+    handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)            # the server inherits this: it outlives
     forkserver.ensure_running()                                         # torchrun's signal
     signal.signal(signal.SIGTERM, handler)
     return context
@@ -1028,11 +1037,11 @@ def fork_server() -> Any:
 # --------------------------------------------------------------------------------------------------
 
 WINDOW = 400                                 # samples under one frame: 25 ms
-EDGE = WINDOW // 2                           # frame t is centred on sample 160 t: frame 0 starts 200 before the clip
+EDGE = WINDOW // 2                    # frame t is centred on sample 160 t: frame 0 starts 200 before the clip
 
 
 def context_frames(samples: int) -> int:
-    """F: frames kept of a clip, its own N and two of context for the convolutions, never past Whisper's 3000."""
+    """F: frames kept of a clip, its own N and two of context for the convolutions, at most Whisper's 3000."""
     return min(math.ceil(samples / HOP) + 2, MAX_FRAMES)
 
 
@@ -1046,15 +1055,16 @@ def log_mel(waveforms: list[Tensor], n_mels: int, device: torch.device | str | N
     device = torch.device(device or waveforms[0].device)
     buffer, slots = lay_out(waveforms, device)
     window, filters = mel_constants(n_mels, device)
-    owner, frame = (x.to(device, non_blocking=True) for x in ragged([context_frames(len(w)) for w in waveforms]))
+    frames = ragged([context_frames(len(w)) for w in waveforms])
+    owner, frame = (x.to(device, non_blocking=True) for x in frames)
     slots = torch.tensor(slots).to(device, non_blocking=True)
-    with torch.autocast(device.type, enabled=False):                                    # bfloat16 costs two digits
-        spectrum = torch.fft.rfft(buffer.unfold(0, WINDOW, HOP) * window)               # (frames, 201) complex
+    with torch.autocast(device.type, enabled=False):                               # bfloat16 costs two digits
+        spectrum = torch.fft.rfft(buffer.unfold(0, WINDOW, HOP) * window)              # (frames, 201) complex
         power = torch.view_as_real(spectrum).square().flatten(1)                        # (frames, 402)
         mel = (power @ filters).clamp_(min=1e-10).log10_()
         mel = mel[slots[owner] + frame]                                                 # (sum of F, n_mels)
     peak = mel.new_full((len(waveforms),), -10.0).scatter_reduce(0, owner, mel.amax(1), "amax")
-    return (torch.maximum(mel, peak[owner, None] - 8) + 4) / 4                          # each clip's own 80 dB
+    return (torch.maximum(mel, peak[owner, None] - 8) + 4) / 4                         # each clip's own 80 dB
 
 
 def lay_out(waveforms: list[Tensor], device: torch.device) -> tuple[Tensor, list[int]]:
@@ -1067,7 +1077,7 @@ def lay_out(waveforms: list[Tensor], device: torch.device) -> tuple[Tensor, list
     """
     zeros = waveforms[0].new_zeros(WINDOW + 5 * HOP)
     pieces = [zeros[:EDGE]]
-    mirrors = []                                                                        # (centre, which side is made)
+    mirrors = []                                                                # (centre, which side is made)
     starts, end = [], 0
     for waveform in waveforms:
         starts.append(end)
@@ -1089,8 +1099,8 @@ def lay_out(waveforms: list[Tensor], device: torch.device) -> tuple[Tensor, list
 def mel_constants(n_mels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """WhisperFeatureExtractor's Hann window (400,) and Slaney mel filters (402, n_mels).
 
-    Each row of filters stands twice: the same weight for the squares of a frequency's real and imaginary part,
-    which stand side by side.
+    Each row of filters stands twice: the same weight for the squares of a frequency's real and imaginary
+    part, which stand side by side.
     """
     filters = mel_filter_bank(EDGE + 1, n_mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
     filters = torch.from_numpy(filters).float().repeat_interleave(2, 0)
@@ -1141,8 +1151,9 @@ def random_model(config: Qwen2AudioConfig, seed: int) -> InSerter:
     """InSerter from nothing but sizes: the same weights for the same config and seed, on any machine.
 
     The LLM's first heads start by looking one, one, two, two, … tokens back, by their biases, which rotary
-    positions turn. To copy, a model must know what stood before each token; so it learns to repeat, and to hear,
-    in fewer steps. What the adapter says is as long as an embedding, or the LLM's blocks could add little to it.
+    positions turn. To copy, a model must know what stood before each token; so it learns to repeat, and to
+    hear, in fewer steps. What the adapter says is as long as an embedding, or the LLM's blocks could add
+    little to it.
     """
     with torch.device("meta"):
         model = InSerter(config)
@@ -1162,12 +1173,12 @@ def random_model(config: Qwen2AudioConfig, seed: int) -> InSerter:
 def fresh(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """A parameter's first value, from the seed and its own name alone: other parameters never change it.
 
-    Matrices are normal with standard deviation 1 / sqrt(3 inputs); those that write to the residual stream start
-    at zero, so that every block is the identity at first and a token's embedding is not drowned; embeddings have
-    1 / sqrt(width); norms start as the identity and biases at zero. Three things let an encoder hear sooner: a
-    convolution's filters sum to zero, for log-mel frames differ little from each other beside what they share;
-    positions are half as loud as Whisper's; its keys start as twice its queries, so that a frame looks at its
-    neighbours.
+    Matrices are normal with standard deviation 1 / sqrt(3 inputs); those that write to the residual stream
+    start at zero, so that every block is the identity at first and a token's embedding is not drowned;
+    embeddings have 1 / sqrt(width); norms start as the identity and biases at zero. Three things let an
+    encoder hear sooner: a convolution's filters sum to zero, for log-mel frames differ little from each other
+    beside what they share; positions are half as loud as Whisper's; its keys start as twice its queries, so
+    that a frame looks at its neighbours.
     """
     if name.endswith("embed_positions.weight"):
         return sinusoids(*shape) / 2
@@ -1195,9 +1206,12 @@ def sinusoids(positions: int, width: int) -> Tensor:
 
 def load_model(source: str | Path) -> InSerter:
     """InSerter from a Qwen2-Audio checkpoint: ours, transformers' or the hub's; float32, on the CPU."""
-    config, tensors, folder = read_checkpoint(source, "qwen2_audio", transformers.Qwen2AudioForConditionalGeneration)
-    names = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
-    tensors = renamed(tensors, names)
+    their_class = transformers.Qwen2AudioForConditionalGeneration
+    config, tensors, folder = read_checkpoint(source, "qwen2_audio", their_class)
+    tensors = renamed(tensors, {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.": ""})
     head = "language_model.lm_head.weight"
     table = "language_model.model.embed_tokens.weight"
     if config.text_config.tie_word_embeddings and table in tensors:
@@ -1220,7 +1234,8 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], seed
     sizes = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins",
              "max_source_positions", "activation_function")
     audio_config = {"model_type": "qwen2_audio_encoder"} | {name: getattr(hears, name) for name in sizes}
-    config = Qwen2AudioConfig(audio_config=audio_config, text_config=reads.to_dict(), audio_token_index=audio_ids[0])
+    config = Qwen2AudioConfig(audio_config=audio_config, text_config=reads.to_dict(),
+                              audio_token_index=audio_ids[0])
     encoder = {name: tensor for name, tensor in audio.items() if name.startswith("encoder.")}
     tensors = renamed(encoder, {"encoder.": "audio_tower."}) | renamed(text, {"": "language_model."})
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
@@ -1251,26 +1266,30 @@ def renamed(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, T
     return result
 
 
-def read_checkpoint(source: str | Path, model_type: str, model_class: Any) -> tuple[Any, dict[str, Tensor], Path]:
+def read_checkpoint(source: str | Path, model_type: str,
+                    model_class: Any) -> tuple[Any, dict[str, Tensor], Path]:
     """(config, {transformers' name in memory: float32 tensor}, folder), read by transformers itself.
 
-    A tensor that the files lack is left out. UserError where a file is missing or damaged, or of another model.
+    A tensor that the files lack is left out. UserError where a file is missing or damaged, or of another
+    model.
     """
     folder = find_checkpoint(source)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    path = folder / "config.json"
     try:
-        found = json.loads((folder / "config.json").read_text("utf-8")).get("model_type")
-        if found != model_type:
-            raise UserError(f"{folder / 'config.json'} describes a {found} model where {model_type} is needed; "
-                            "give another folder.")
+        found = json.loads(path.read_text("utf-8")).get("model_type")
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} is missing or damaged ({type(error).__name__}); {REMEDY}.") from None
+        raise UserError(f"{path} is missing or damaged ({type(error).__name__}); {REMEDY}.") from None
+    if found != model_type:
+        raise UserError(f"{path} describes a {found} model where {model_type} is needed; give another "
+                        "folder.")
     try:
         model, report = model_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
                                                     output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: model.safetensors is missing or damaged ({type(error).__name__}); {REMEDY}.") from None
+        raise UserError(f"{folder / 'model.safetensors'} is missing or damaged ({type(error).__name__}); "
+                        f"{REMEDY}.") from None
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in lacking}
     return model.config, tensors, folder
@@ -1303,8 +1322,8 @@ def build(config: Qwen2AudioConfig, tensors: dict[str, Tensor], source: str | Pa
         model = InSerter(config)
     for name, wanted in model.state_dict().items():
         if name not in tensors or tensors[name].shape != wanted.shape:
-            raise UserError(f"{source}: its config.json and its weights disagree at {name}, which should have the shape "
-                            f"{tuple(wanted.shape)}; {REMEDY}.")
+            raise UserError(f"{source}: its config.json and its weights disagree at {name}, which should "
+                            f"have the shape {tuple(wanted.shape)}; {REMEDY}.")
     model.load_state_dict(tensors, assign=True)
     model.tie()
     return model
@@ -1325,7 +1344,7 @@ def save_model(model: InSerter, folder: str | Path) -> None:
 
 
 def load_tokenizer(c: Settings) -> Tokenizer:
-    """The tokenizer of the given weights, or, from scratch, data/tokenizer, trained when it is first needed."""
+    """The tokenizer of the given weights; from scratch data/tokenizer, trained when it is first needed."""
     if source := c.model["from"] or c.model.llm:
         hf = AutoTokenizer.from_pretrained(find_checkpoint(source))
         audio_tokens = {"extra_special_tokens": [AUDIO_BOS, AUDIO, AUDIO_EOS]}
@@ -1336,8 +1355,8 @@ def load_tokenizer(c: Settings) -> Tokenizer:
         train_tokenizer(c, folder)
     tok = open_tokenizer(folder)
     if len(tok.hf) > c.model.vocab:
-        raise UserError(f"{folder} has {len(tok.hf)} tokens, more than model.vocab={c.model.vocab}; raise that, or "
-                        "remove the folder so that it is trained again.")
+        raise UserError(f"{folder} has {len(tok.hf)} tokens, more than model.vocab={c.model.vocab}; raise "
+                        "that, or remove the folder so that it is trained again.")
     return tok
 
 
@@ -1348,8 +1367,9 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 
 def train_tokenizer(c: Settings, folder: Path) -> None:
-    """Byte-level BPE with Qwen2's word splitting, trained on the first `text` shard; AutoTokenizer opens the folder."""
-    texts = [SYSTEM, "system\nuser\nassistant\n", "Audio 1: ", *(task["ask"] for task in synth.TASKS.values())]
+    """Byte-level BPE with Qwen2's word splitting, trained on the first `text` shard, for AutoTokenizer."""
+    texts = [SYSTEM, "system\nuser\nassistant\n", "Audio 1: "]
+    texts += [task["ask"] for task in synth.TASKS.values()]
     path = synth.shard_path(c, "text", "train", 0)
     for number in range(synth.read_index(path)["count"]):
         sample, _ = synth.read_sample(path, number)
@@ -1373,8 +1393,8 @@ def train_tokenizer(c: Settings, folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-WORD_SPLITS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-               r"|\s+(?!\S)|\s+")           # Qwen2's
+WORD_SPLITS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"             # Qwen2's
+               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1385,13 +1405,15 @@ WORD_SPLITS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[
 # heads that share a key-value head stand as rows of one small query, so keys are never repeated.
 # --------------------------------------------------------------------------------------------------
 
+Prompt = tuple[Tensor, list[Tensor]]     # ids (n,) int64 with their <|AUDIO|> positions, n >= 1; waveforms
+
+
 @torch.no_grad()
-def generate(model: InSerter, prompts: list[tuple[Tensor, list[Tensor]]], max_new_tokens: int, stop_ids: list[int],
+def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_ids: list[int],
              banned_ids: list[int]) -> list[tuple[list[int], bool]]:
     """Greedy answers to prompts of any lengths, all at once; the result does not depend on the company.
 
-    prompts: list of (ids (n,) int64 with its <|AUDIO|> positions, n >= 1; list of waveforms); stop_ids end an
-    answer and are not part of it; banned_ids are never chosen, nor is <|AUDIO|>.
+    stop_ids end an answer and are not part of it; banned_ids are never chosen, nor is <|AUDIO|>.
     -> list of (ids of the answer, truncated: no stop id came within max_new_tokens)
     """
     h, cache = read_prompts(model, prompts, max_new_tokens)                             # (B, d)
@@ -1413,7 +1435,7 @@ def generate(model: InSerter, prompts: list[tuple[Tensor, list[Tensor]]], max_ne
                 rows.append(row)
         if not rows or new == max_new_tokens:
             break
-        if len(rows) <= 0.75 * len(present):                            # the finished leave in groups: leaving
+        if len(rows) <= 0.75 * len(present):                           # the finished leave in groups: leaving
             cache.keep(rows)                                            # copies the cache
             tokens = tokens[rows]
             present = [present[row] for row in rows]
@@ -1424,7 +1446,7 @@ def generate(model: InSerter, prompts: list[tuple[Tensor, list[Tensor]]], max_ne
     return list(zip(answers, truncated))
 
 
-def read_prompts(model: InSerter, prompts: list[tuple[Tensor, list[Tensor]]], room: int) -> tuple[Tensor, Cache]:
+def read_prompts(model: InSerter, prompts: list[Prompt], room: int) -> tuple[Tensor, Cache]:
     """Prefill: one packed pass over all prompts -> (hidden state of each last position (B, d), cache)."""
     device = model.language_model.lm_head.weight.device
     lengths = torch.tensor([len(ids) for ids, _ in prompts])
@@ -1484,7 +1506,10 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], stop: str,
     banned = [tok.special[AUDIO_BOS], tok.special[AUDIO_EOS]]
     for start in range(0, len(order), batch):
         chosen = order[start:start + batch]
-        asked = [(torch.tensor(prompts[i].ids), [torch.from_numpy(clip) for clip in prompts[i].clips]) for i in chosen]
+        asked = []
+        for i in chosen:
+            clips = [torch.from_numpy(clip) for clip in prompts[i].clips]
+            asked.append((torch.tensor(prompts[i].ids), clips))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             answers = generate(model, asked, max_tokens, [tok.special[stop]], banned)
         for i, (ids, truncated) in zip(chosen, answers):
@@ -1494,7 +1519,7 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], stop: str,
 
 def answer(model: InSerter, tok: Tokenizer, questions: list[str | np.ndarray], max_tokens: int,
            batch: int) -> list[tuple[str, bool]]:
-    """Answer typed (str) and spoken ((samples,) float32 at 16 kHz) questions greedily: (text, truncated) each."""
+    """Greedy answers to typed (str) and spoken ((samples,) float32 at 16 kHz) questions: (text, cut off)."""
     prompts = []
     for question in questions:
         part = synth.text_part(question, False) if isinstance(question, str) else SPEECH
@@ -1503,7 +1528,8 @@ def answer(model: InSerter, tok: Tokenizer, questions: list[str | np.ndarray], m
     return complete(model, tok, prompts, TURN_END, max_tokens, batch)
 
 
-def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max_tokens: int, batch: int) -> list[str]:
+def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max_tokens: int,
+               batch: int) -> list[str]:
     """What the model hears in clips at 16 kHz, by the prompt of the speech task."""
     sample = {"parts": [SPEECH, synth.text_part(synth.TASKS["transcribe"]["ask"], False)], "messages": None}
     prompts = [encode(sample, {SPEECH["audio"]: waveform}, tok, reply=True) for waveform in waveforms]
@@ -1514,7 +1540,7 @@ SPEECH = {"role": "speech", "text": "", "audio": "clip"}                # a clip
 
 
 def read_audio(path: str) -> np.ndarray:
-    """A sound file of any rate and channel count as (samples,) float32 at 16 kHz. UserError if it cannot be heard."""
+    """A sound file of any rate and channel count as (samples,) float32 at 16 kHz. UserError if it is none."""
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
@@ -1531,7 +1557,8 @@ def load_run(c: Settings) -> tuple[InSerter, Tokenizer]:
     """The exported model of run c.run, on this process's device. UserError if there is none."""
     folder = run_folder(c) / "model"
     if not (folder / "config.json").is_file():
-        raise UserError(f"There is no model in {folder}; train it first with torchrun inserter.py run={c.run}.")
+        raise UserError(f"There is no model in {folder}; train it first with torchrun inserter.py "
+                        f"run={c.run}.")
     return load_model(folder).to(device_here()).eval(), open_tokenizer(folder)
 
 
@@ -1565,24 +1592,29 @@ def preview(c: Settings) -> Path:
 
 
 def previewed(sample: dict, files: dict[str, bytes], tok: Tokenizer) -> dict:
-    """What the page shows of a sample: its turns, and its tokens as [text, is a target, how often in a row]."""
+    """What the page shows of a sample: its turns, and its tokens as [text, is target, times]."""
     roles = [message["role"] for message in sample["messages"] or []] or [""]
     audio = {name: base64.b64encode(data).decode() for name, data in files.items()}
     encoded = encode(sample, {name: synth.decode_flac(data) for name, data in files.items()}, tok)
     tokens: list[list] = []
     held: list[int] = []
-    for i, label in zip(encoded.ids, [IGNORE, *encoded.labels]):        # a token is a target if it is the label before
+    for i, label in zip(encoded.ids, [IGNORE, *encoded.labels]):    # a target is the label of the one before
         held.append(i)
         token = tok.decode(held)
-        if "\ufffd" in token and len(held) < 4:                         # a piece of a character: shown with what completes it
+        if "\ufffd" in token and len(held) < 4:         # a piece of a character: shown with what completes it
             continue
         held.clear()
         if token == AUDIO and tokens and tokens[-1][0] == AUDIO:
             tokens[-1][2] += 1
         else:
             tokens.append([token, label != IGNORE, 1])
-    return {"id": sample["id"], "turns": list(zip(roles, synth.parts_of(sample))), "audio": audio, "tokens": tokens,
-            "positions": len(encoded.ids), "targets": sum(label != IGNORE for label in encoded.labels)}
+    return {
+        "id": sample["id"],
+        "turns": list(zip(roles, synth.parts_of(sample))),
+        "audio": audio,
+        "tokens": tokens,
+        "positions": len(encoded.ids),
+        "targets": sum(label != IGNORE for label in encoded.labels)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1595,7 +1627,7 @@ def previewed(sample: dict, files: dict[str, bytes], tok: Tokenizer) -> dict:
 
 @torch.no_grad()
 def evaluate(c: Settings, model: InSerter, tok: Tokenizer) -> dict[str, float]:
-    """A point of the gap curve, samples shared out over the ranks. Text loss beside it shows what is forgotten."""
+    """A point of the gap curve, by all ranks together. The loss on text beside it shows what is forgotten."""
     rank, world = rank_and_world()
     names = ("interleaved", "text", "chat")
     interleaved, texts, chats = (dev_samples(c, name, c.train.eval_samples)[rank::world] for name in names)
@@ -1654,12 +1686,16 @@ def nats(c: Settings, model: InSerter, encoded: list[Encoded]) -> float:
         return float(model(**batch_of([pack]), chunk=c.train.loss_chunk))
 
 
-def obeyed(c: Settings, model: InSerter, tok: Tokenizer, dialogues: list[tuple[dict, dict]], typed: bool) -> int:
-    """How many of these dialogues' first questions are answered exactly as their reference, spoken or typed."""
-    openings = [encode({"parts": None, "messages": sample["messages"][:1]}, clips, tok, typed=typed, reply=True)
-                for sample, clips in dialogues]
-    replies = complete(model, tok, openings, TURN_END, c.bench.max_tokens, c.bench.batch) if openings else []
-    references = [sample["messages"][1]["content"][0]["text"] for sample, _ in dialogues]
+def obeyed(c: Settings, model: InSerter, tok: Tokenizer, dialogues: list[tuple[dict, dict]],
+           typed: bool) -> int:
+    """How many of the dialogues' first questions are answered exactly as in the corpus, spoken or typed."""
+    openings, references = [], []
+    for sample, clips in dialogues:
+        question, reference = sample["messages"][:2]
+        opening = {"parts": None, "messages": [question]}
+        openings.append(encode(opening, clips, tok, typed=typed, reply=True))
+        references.append(reference["content"][0]["text"])
+    replies = complete(model, tok, openings, TURN_END, c.bench.max_tokens, c.bench.batch)
     return sum(reply == reference for (reply, _), reference in zip(replies, references))
 
 
@@ -1691,8 +1727,8 @@ def train(c: Settings, arguments: list[str]) -> None:
     stages = stages_of(c)
     for name in stages:
         if c.train.stages[name].packs % world:
-            raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the {world} "
-                            "processes; choose one that is.")
+            raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the "
+                            f"{world} processes; choose one that is.")
     if rank == 0 or not c.fresh:             # each rank refuses by itself: no process group yet
         open_run(c)
     make_missing_shards(c, arguments)
@@ -1706,7 +1742,7 @@ def train(c: Settings, arguments: list[str]) -> None:
     progress, tensors = begin(c, tok, stages[0])
     model = fresh_model(c, tok)
     if tensors:
-        weights = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
+        weights = {name[len("weight."):]: t for name, t in tensors.items() if name.startswith("weight.")}
         model.load_state_dict(weights, strict=False)
         say(f"continuing run {c.run} in stage {progress.stage} after step {progress.step}")
     model.checkpoint_blocks = c.train.checkpointing
@@ -1735,10 +1771,10 @@ def train(c: Settings, arguments: list[str]) -> None:
 
 
 def stages_of(c: Settings) -> list[str]:
-    """The stages to run: those with steps=0 are left out, and, when weights are given, the warm-up stages, which
-    make stand-ins for Whisper and Qwen."""
+    """The stages to run: without those of steps=0, and, when weights are given, those that make stand-ins."""
     given = c.model["from"] or c.model.encoder
-    return [name for name, stage in c.train.stages.items() if stage.steps != 0 and not (given and stage.warmup)]
+    return [name for name, stage in c.train.stages.items()
+            if stage.steps != 0 and not (given and stage.warmup)]
 
 
 def run_folder(c: Settings) -> Path:
@@ -1746,7 +1782,7 @@ def run_folder(c: Settings) -> Path:
 
 
 def open_run(c: Settings) -> None:
-    """Make the run's folder, or check that it was started with these settings, which it keeps in config.yaml."""
+    """Make the run's folder, or check that it was begun with these settings: its config.yaml keeps them."""
     folder = run_folder(c)
     if c.fresh and folder.exists():
         shutil.rmtree(folder)
@@ -1764,7 +1800,7 @@ def make_missing_shards(c: Settings, arguments: list[str]) -> None:
         command = [sys.executable, synth.__file__, *kept, f"shard={rank}/{world}"]
         if subprocess.run(command).returncode:
             sys.exit(2)                      # synth.py has said why
-    while any(not path.is_file() for path in wanted):                   # no process group yet: its time-outs are shorter
+    while any(not path.is_file() for path in wanted):        # no process group yet: its time-outs are shorter
         time.sleep(1)
 
 
@@ -1775,8 +1811,8 @@ def begin(c: Settings, tok: Tokenizer, first_stage: str) -> tuple[Progress, dict
         return Progress(first_stage), {}
     state, tensors = saved
     if state["tokenizer"] != tok.digest:
-        raise UserError(f"The tokenizer in {c.data} is not the one that run {c.run} began with; restore it, or use "
-                        "fresh=true.")
+        raise UserError(f"The tokenizer in {c.data} is not the one that run {c.run} began with; restore it, "
+                        "or use fresh=true.")
     fields = [field.name for field in dataclasses.fields(Progress)]
     return Progress(**{name: state[name] for name in fields}), tensors
 
@@ -1793,14 +1829,16 @@ def describe(model: InSerter) -> str:
             "   step | loss | lr | grad norm | tokens/s | audio s/s | waiting for data | eta")
 
 
-def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, progress: Progress, feed: Feed) -> None:
+def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, progress: Progress,
+             feed: Feed) -> None:
     """State, then export, by rank 0; every lane's cursor comes from the rank that serves it."""
     for cursors in gather(feed.cursors):
         progress.cursors |= {str(lane): cursor for lane, cursor in cursors.items()}
     problem = ""
     if rank_and_world()[0] == 0:
         try:
-            save_state(c, model, optimizers, dataclasses.asdict(progress) | {"tokenizer": tok.digest, "settings": c})
+            state = dataclasses.asdict(progress) | {"tokenizer": tok.digest, "settings": c}
+            save_state(c, model, optimizers, state)
             export(c, model, tok)
         except UserError as error:
             problem = str(error)
@@ -1826,7 +1864,7 @@ def save_state(c: Settings, model: InSerter, optimizers: list, state: dict) -> N
         (aside / "state.json").write_text(json.dumps(state | {"files": {"state.safetensors": digest}}))
         replace_folder(aside, folder)
     states = sorted(folder.parent.glob("[0-9]*"))
-    damaged = [state for state in states if state > folder]             # or this run would have continued from it
+    damaged = [state for state in states if state > folder]         # or this run would have continued from it
     whole = states[:len(states) - len(damaged)]
     for old in damaged + whole[:-c.train.keep_states]:
         hidden = old.rename(old.with_name(f".old.{old.name}"))
@@ -1834,7 +1872,7 @@ def save_state(c: Settings, model: InSerter, optimizers: list, state: dict) -> N
 
 
 def load_state(c: Settings) -> tuple[dict, dict[str, Tensor]] | None:
-    """The newest whole state: (state.json, tensors). A damaged one is named and the one before it is taken."""
+    """The newest whole state: (state.json, tensors). A damaged one is named, and the one before it taken."""
     folders = sorted((run_folder(c) / "state").glob("[0-9]*"), reverse=True)
     for folder in folders:
         try:
@@ -1852,7 +1890,8 @@ def load_state(c: Settings) -> tuple[dict, dict[str, Tensor]] | None:
 
 def restore_slots(model: InSerter, optimizers: list, slots: dict[str, Tensor]) -> None:
     """Put saved optimizer slots back. AdamW keeps its step on the CPU unless it is fused on a GPU."""
-    owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owner = {p: optimizer for optimizer in optimizers
+             for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
     for key, value in slots.items():
         _, slot, name = key.split(".", 2)
@@ -1878,8 +1917,8 @@ def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder} could not be written ({error}); make room, then start the same command again: it "
-                        "continues from the state before.") from None
+        raise UserError(f"{folder} could not be written ({error}); make room, then start the same command "
+                        "again: it continues from the state before.") from None
 
 
 def replace_folder(aside: Path, folder: Path) -> None:
@@ -1896,7 +1935,7 @@ def replace_folder(aside: Path, folder: Path) -> None:
 
 
 def tidy(c: Settings, step: int) -> None:
-    """Forget what a killed process left: unfinished files, and metrics of steps after the state that is continued."""
+    """Forget what a killed process left: unfinished files, and metrics of steps after the state in use."""
     folder = run_folder(c)
     for left in [*folder.glob(".*"), *folder.glob("state/.*")]:
         if left.is_dir():
@@ -1931,7 +1970,7 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Each value summed over the ranks; float64 keeps counts and checksums exact."""
     if not dist.is_initialized():
         return {name: float(value) for name, value in values.items()}
-    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device_here())
+    total = torch.tensor(list(map(float, values.values())), dtype=torch.float64, device=device_here())
     dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
 
@@ -1956,7 +1995,7 @@ def say(line: str) -> None:
 # 11. The log: console, metrics.jsonl, curves
 # --------------------------------------------------------------------------------------------------
 
-PEAK_FLOPS = 989e12       # dense bfloat16 operations per second of an H100 or H200, to which the MFU in the log refers
+PEAK_FLOPS = 989e12       # dense bfloat16 operations per second of an H100 or H200: the log's MFU is of these
 
 
 class Log:
@@ -2006,8 +2045,14 @@ class Log:
         share = self.progress.share(self.stage)
         per_step = (time.perf_counter() - self.begun) / max(self.progress.stage_step - self.first_step, 1)
         steps_left = (1 - share) / max(share, 1e-9) * self.progress.stage_step
-        cells = [f"{self.progress.step:>7}", f"{row['loss']:.4f}", f"{row['lr']:.2e}", f"{row['grad norm']:.3f}",
-                 f"{row['tokens/s']:,.0f} tokens/s", f"{row['audio s/s']:.1f} audio s/s", f"waits {row['wait']:.0%}"]
+        cells = [
+            f"{self.progress.step:>7}",
+            f"{row['loss']:.4f}",
+            f"{row['lr']:.2e}",
+            f"{row['grad norm']:.3f}",
+            f"{row['tokens/s']:,.0f} tokens/s",
+            f"{row['audio s/s']:.1f} audio s/s",
+            f"waits {row['wait']:.0%}"]
         if "MFU" in row:
             cells += [f"MFU {row['MFU']:.1%}", f"{row['peak GB']:.1f} GB"]
         if row["skipped"]:
@@ -2031,7 +2076,7 @@ class Log:
 
 
 def step_flops(model: InSerter, pack: Pack) -> float:
-    """Multiplications and additions that a step needs for a pack's real tokens and frames, forward and twice that backward.
+    """Multiplications and additions of a step over a pack's real tokens and frames, forward and backward.
 
     A matrix takes two per entry and row; attention two products of L x L x width per clip, half of that where
     causal. Nothing that is padded, recomputed or not a matrix product counts.
@@ -2045,7 +2090,8 @@ def step_flops(model: InSerter, pack: Pack) -> float:
     queries = model.language_model.head_size * text.num_attention_heads
     keys = model.language_model.head_size * text.num_key_value_heads
 
-    encoder_block = 2 * (4 * d ** 2 + 2 * d * audio.encoder_ffn_dim) * frames.sum() + 4 * d * (frames ** 2).sum()
+    matrices = 4 * d ** 2 + 2 * d * audio.encoder_ffn_dim
+    encoder_block = 2 * matrices * frames.sum() + 4 * d * (frames ** 2).sum()
     convolutions = 2 * 3 * d * (2 * audio.num_mel_bins + d) * frames.sum()
     matrices = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
     llm_block = 2 * matrices * tokens.sum() + 2 * queries * (tokens ** 2).sum()
@@ -2063,9 +2109,10 @@ def draw_curves(c: Settings) -> None:
 
     rows = [json.loads(line) for line in (run_folder(c) / "metrics.jsonl").read_text().splitlines()]
     starts = {row["stage"]: row["step"] for row in reversed(rows)}
-    panels = (("training loss", "nats per target", ("loss",)),
-              ("dev: text after speech, heard and typed", "nats per character", ("heard", "typed", "gap", "text")),
-              ("dev: answers equal to the reference", "share", ("obeys spoken", "obeys typed")))
+    panels = (
+        ("training loss", "nats per target", ["loss"]),
+        ("dev: text after speech, heard and typed", "nats per character", ["heard", "typed", "gap", "text"]),
+        ("dev: answers equal to the reference", "share", ["obeys spoken", "obeys typed"]))
     figure = Figure(figsize=(15, 4), layout="constrained")
     for axis, (title, unit, names) in zip(figure.subplots(1, 3), panels):
         for name in names:
@@ -2080,19 +2127,20 @@ def draw_curves(c: Settings) -> None:
     if any("loss" in row for row in rows):   # a short run logs none
         losses.set_yscale("log")
     for stage, start in starts.items():
-        losses.text(start, 0.98, stage, transform=losses.get_xaxis_transform(), va="top", rotation=90, fontsize=8)
+        losses.text(start, 0.98, stage, transform=losses.get_xaxis_transform(), va="top", rotation=90,
+                    fontsize=8)
     figure.savefig(run_folder(c) / "curves.png", dpi=110)
 
 
 # --------------------------------------------------------------------------------------------------
 # 12. The fused kernel: computes exactly `plain_attention`; skip on first reading
 #
-# Flash attention: a program holds a tile of query rows of one document and head, walks over the keys they
-# may see, and keeps a running maximum and sum, so scores never reach memory; `lse`, the logarithm of every
-# row's sum, is all the backward pass needs to make them again. That is two kernels without atomics, so the
-# same bits come out every time: `query_gradient` holds queries and walks over keys, `key_gradient` holds
-# keys and walks over queries. Work is the sum of squared document lengths; no program looks past its own.
-# Tensors reach a kernel as (pointer, stride of a position, stride of a head); rows count from a document's start.
+# Flash attention: a program holds a tile of query rows of one document and head, walks over the keys they may
+# see, and keeps a running maximum and sum, so scores never reach memory; `lse`, the logarithm of every row's
+# sum, is all the backward pass needs to make them again. That is two kernels without atomics, so the same
+# bits come out every time: `query_gradient` holds queries and walks over keys, `key_gradient` holds keys and
+# walks over queries. Work is the sum of squared document lengths; no program looks past its own. Tensors
+# reach a kernel as (pointer, stride of a position, stride of a head); rows count from a document's start.
 # --------------------------------------------------------------------------------------------------
 
 HEAD_SIZES = (16, 32, 64, 128)               # others take plain_attention
@@ -2107,7 +2155,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
     D is one of HEAD_SIZES; bfloat16 and float16 are added up in float32, and float32 is computed as such. The
     last dimension is contiguous, or copied; positions and heads may lie at any strides.
     """
-    if torch.is_autocast_enabled(q.device.type):                        # which does not know operators of our own
+    if torch.is_autocast_enabled(q.device.type):                    # which does not know operators of our own
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if tiles is None:
         tiles = fused_tiles(cu_seqlens.to(q.device, non_blocking=True), causal, len(q))
@@ -2117,19 +2165,19 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
 
 
 def fused_tiles(cu_seqlens: Tensor, causal: bool, positions: int) -> Tensor:
-    """The kernels' table of tiles (n, 4) int32, the most work first, made on cu_seqlens' device without waiting for it.
+    """The kernels' table of tiles (n, 4) int32, the most work first, made without waiting for the device.
 
-    A row is: first position and length of a document, the number of a tile in it, and that of the tile's mirror
-    image. A causal tile has as many keys to walk over as its mirror image has queries, so one order serves all
-    kernels. n is the most tiles there can be; surplus rows name a tile past their document's end, where programs
-    leave at once.
+    A row is: first position and length of a document, the number of a tile in it, and that of the tile's
+    mirror image. A causal tile has as many keys to walk over as its mirror image has queries, so one order
+    serves all kernels. n is the most tiles there can be; surplus rows name a tile past their document's end,
+    where programs leave at once.
 
     >>> fused_tiles(torch.tensor([0, 300, 300, 310]), True, 310)[:4].tolist()
     [[0, 300, 2, 0], [0, 300, 1, 1], [0, 300, 0, 2], [300, 10, 0, 0]]
     """
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens.diff().long()
-    counts = (lengths + TILE - 1) // TILE                                               # tiles of each document
+    counts = (lengths + TILE - 1) // TILE                                             # tiles of each document
     ends = counts.cumsum(0)
     number = torch.arange(positions // TILE + len(lengths), device=cu_seqlens.device)   # (n,)
     document = torch.searchsorted(ends, number, right=True).clamp(max=len(lengths) - 1)
@@ -2144,8 +2192,8 @@ def fused_tiles(cu_seqlens: Tensor, causal: bool, positions: int) -> Tensor:
 
 @compiled
 def tile_of(tiles, column: constexpr, ROWS: constexpr):
-    """The program's document (first position, length) and its first row there; `column` 2: the tile, 3: its mirror image."""
-    entry = tiles + tl.program_id(1) * ROWS // 128 * 4                  # several programs share a TILE larger than ROWS
+    """The program's document (first position, length) and first row there. Column 2: tile, 3: mirror."""
+    entry = tiles + tl.program_id(1) * ROWS // 128 * 4        # several programs share a TILE larger than ROWS
     first = tl.load(entry + column) * 128 + tl.program_id(1) * ROWS % 128
     return tl.load(entry).to(tl.int64), tl.load(entry + 1), first
 
@@ -2164,13 +2212,13 @@ def read(x, start, head, rows, length, D: constexpr):
 
 @compiled
 def dot(a, b, total=None):
-    return tl.dot(a, b, total, input_precision="ieee")                  # or float32 would be rounded to 10 bits
+    return tl.dot(a, b, total, input_precision="ieee")                # or float32 would be rounded to 10 bits
 
 
 @compiled
 def scores(products, query, key, length, edge: constexpr, causal: constexpr, D: constexpr):
-    """A tile's logits from products of queries and keys: scaled, in bits (2 ** x is cheaper than e ** x), and on an
-    edge -inf where a query may not look. Queries past the document's end see what they like: nothing reads them."""
+    """A tile's logits from products of queries and keys: scaled, in bits (2 ** x is cheaper than e ** x), and
+    on an edge -inf where a query may not look. Queries past the document's end are read by nobody."""
     if edge:
         products = tl.where(key <= query if causal else key < length, products, float("-inf"))
     return products * (1.4426950408889634 * D ** -0.5)
@@ -2178,8 +2226,8 @@ def scores(products, query, key, length, edge: constexpr, causal: constexpr, D: 
 
 @compiled
 def row_products(a, b, ROWS: constexpr):
-    """Sum of a * b along each row. In float32 it is summed as `dot` sums, for in a query that sees one key it has to
-    cancel against such a sum exactly: its gradient is zero."""
+    """Sum of a * b along each row. In float32 it is summed as `dot` sums, for in a query that sees one key it
+    has to cancel against such a sum exactly: its gradient is zero."""
     if a.dtype == tl.float32:
         diagonal = tl.arange(0, ROWS)[:, None] == tl.arange(0, ROWS)[None, :]
         result = tl.sum(tl.where(diagonal, dot(a, b.T), 0.0), 1)
@@ -2201,13 +2249,13 @@ def forward_kernel(q, k, v, out, lse, T, tiles, causal: constexpr, group: conste
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)                    # the largest score so far
     last = tl.minimum(first + ROWS, length) if causal else length
-    full = first if causal else length // COLS * COLS                   # every query sees the keys before: no mask there
+    full = first if causal else length // COLS * COLS        # every query sees the keys before: no mask there
     for edge in tl.static_range(2):
         for col in range(full if edge else 0, last if edge else full, COLS):
             cols = col + tl.arange(0, COLS)
             keys = read(k, start, head // group, cols, length, D)
             s = scores(dot(queries, keys.T), rows[:, None], cols[None, :], length, edge, causal, D)
-            higher = tl.maximum(top, tl.max(s, 1))                      # finite: every row sees the first key it meets
+            higher = tl.maximum(top, tl.max(s, 1))             # finite: every row sees the first key it meets
             p = tl.exp2(s - higher[:, None])
             shrink = tl.exp2(top - higher)
             values = read(v, start, head // group, cols, length, D)
@@ -2219,8 +2267,8 @@ def forward_kernel(q, k, v, out, lse, T, tiles, causal: constexpr, group: conste
 
 
 @compiled
-def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: constexpr, group: constexpr, D: constexpr,
-                   ROWS: constexpr, COLS: constexpr):
+def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: constexpr, group: constexpr,
+                   D: constexpr, ROWS: constexpr, COLS: constexpr):
     """Also writes delta = sum(out * dout) of each row, which `key_gradient` reads afterwards."""
     start, length, first = tile_of(tiles, 2, ROWS)
     if first >= length:
@@ -2244,9 +2292,9 @@ def query_gradient(q, k, v, out, dout, dq, lse, delta, T, tiles, causal: constex
 
 
 @compiled
-def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: constexpr, group: constexpr, D: constexpr,
-                 ROWS: constexpr, COLS: constexpr):
-    """Tiles stand on their side here: rows are keys, columns queries. The query heads of a key's head add up."""
+def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: constexpr, group: constexpr,
+                 D: constexpr, ROWS: constexpr, COLS: constexpr):
+    """Tiles stand on their side: rows are keys, columns queries. The query heads of a key's head add up."""
     start, length, first = tile_of(tiles, 3, ROWS)
     if first >= length:
         return
@@ -2273,24 +2321,29 @@ def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: constexpr,
 
 
 def tile_shape(kernel: Any, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """(rows, columns, warps, loads in flight) of a kernel's tiles: as large as the registers of its warps hold."""
+    """(rows, columns, warps, loads in flight) of a kernel's tiles: as large as its warps' registers hold."""
     if dtype == torch.float32:               # no tensor cores; a dot's operands take registers too
-        return {forward_kernel: (32, 32, 8, 1), query_gradient: (16, 16, 8, 1), key_gradient: (32, 16, 4, 1)}[kernel]
+        shapes = {
+            forward_kernel: (32, 32, 8, 1),
+            query_gradient: (16, 16, 8, 1),
+            key_gradient: (32, 16, 4, 1)}
+        return shapes[kernel]
     if kernel is forward_kernel:
-        return TILE, 64, 4 if D < 128 else 8, 3                         # four warps wait less for each other than eight
+        return TILE, 64, 4 if D < 128 else 8, 3               # four warps wait less for each other than eight
     if kernel is query_gradient:
         return TILE, 64, 8, 2                                           # holds a second tile of scores
     return TILE, 64 if D < 128 else 32, 8, 2                            # and two gradients
 
 
 def launch(kernel: Any, tiles: Tensor, causal: bool, q: Tensor, k: Tensor, *others: Tensor) -> None:
-    """Programs for every tile and head; the heads of one tile stand together, so that the longest come first."""
+    """Programs for every tile and head; the heads of one tile stand together, so the longest come first."""
     positions, heads, D = q.shape
     rows, cols, warps, stages = tile_shape(kernel, D, q.dtype)
     tensors = [(x, x.stride(0), x.stride(1)) if x.dim() == 3 else x for x in (q, k, *others)]
     programs = k.shape[1] if kernel is key_gradient else heads
     grid = (programs, len(tiles) * (TILE // rows))
-    kernel[grid](*tensors, positions, tiles, causal, heads // k.shape[1], D, rows, cols, num_warps=warps, num_stages=stages)
+    group = heads // k.shape[1]
+    kernel[grid](*tensors, positions, tiles, causal, group, D, rows, cols, num_warps=warps, num_stages=stages)
 
 
 @torch.library.custom_op("inserter::attention", mutates_args=())
@@ -2355,36 +2408,23 @@ def main(arguments: list[str]) -> None:
 
 PREVIEW = """<!doctype html><html lang="en"><meta charset="utf-8"><title>InSerter: samples</title><style>
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-section { border-top: 1px solid #ccc; padding: .5em 0 }
-h2 { font-size: 1em; color: #666; margin: .3em 0 }
-p { white-space: pre-wrap; overflow-wrap: anywhere }
-summary { cursor: pointer; color: #666 }
-.speech { display: inline-block; vertical-align: top; background: #e6f0fb; border-radius: .4em; padding: .1em .5em;
+section { border-top: 1px solid #ccc; padding: .5em 0 } h2 { font-size: 1em; color: #666; margin: .3em 0 } p {
+white-space: pre-wrap; overflow-wrap: anywhere } summary { cursor: pointer; color: #666 } .speech { display:
+inline-block; vertical-align: top; background: #e6f0fb; border-radius: .4em; padding: .1em .5em;
           margin: .1em }
-.speech small { color: #467; margin-left: .6em }
-.speech audio { height: 2em; width: 17em; vertical-align: middle }
-.loss { border-bottom: 2px solid #e08a00 }
-.key span { margin-right: 1.5em }
-code { display: inline-block; white-space: pre-wrap; margin: 0 1px .3em; background: #f0f0f0 }
-</style>
-<h1>InSerter: samples</h1>
-<p class="key"><span class="speech">speech, with the words spoken</span><span class="loss">text that carries loss</span>\
-<span>text that only conditions</span></p>
-{% for sample in samples %}
-<section><h2>{{ sample.id }}</h2>
-{% for role, parts in sample.turns %}<p>{% if role %}<b>{{ role }}</b> {% endif %}
-{%- for part in parts %}{% if part.role == "speech" -%}
-<span class="speech">{{ part.text }}<br><audio controls preload="metadata" src="data:audio/flac;base64,\
-{{ sample.audio[part.audio] }}"></audio><small>{{ part.voice }}, {{ part.seconds }} s</small></span>
-{%- else -%}
-<span class="{{ "loss" if part.loss else "text" }}">{{ part.text }}</span>
-{%- endif %}{% endfor %}</p>
-{% endfor -%}
-<details><summary>{{ sample.positions }} positions, {{ sample.targets }} targets (underlined)</summary>
-{%- for token, is_target, times in sample.tokens -%}
-<code class="{{ "loss" if is_target }}">{{ token | replace("\\n", "⏎") }}</code>{% if times > 1 %}× {{ times }} {% endif %}
-{%- endfor %}</details></section>
-{% endfor %}</html>
+.speech small { color: #467; margin-left: .6em } .speech audio { height: 2em; width: 17em; vertical-align:
+middle } .loss { border-bottom: 2px solid #e08a00 } .key span { margin-right: 1.5em } code { display: inline-
+block; white-space: pre-wrap; margin: 0 1px .3em; background: #f0f0f0 } </style> <h1>InSerter: samples</h1> <p
+class="key"><span class="speech">speech, with the words spoken</span><span class="loss">text that carries
+loss</span>\ <span>text that only conditions</span></p> {% for sample in samples %} <section><h2>{{ sample.id
+}}</h2> {% for role, parts in sample.turns %}<p>{% if role %}<b>{{ role }}</b> {% endif %} {%- for part in
+parts %}{% if part.role == "speech" -%} <span class="speech">{{ part.text }}<br><audio controls
+preload="metadata" src="data:audio/flac;base64,\ {{ sample.audio[part.audio] }}"></audio><small>{{ part.voice
+}}, {{ part.seconds }} s</small></span> {%- else -%} <span class="{{ "loss" if part.loss else "text" }}">{{
+part.text }}</span> {%- endif %}{% endfor %}</p> {% endfor -%} <details><summary>{{ sample.positions }}
+positions, {{ sample.targets }} targets (underlined)</summary> {%- for token, is_target, times in
+sample.tokens -%} <code class="{{ "loss" if is_target }}">{{ token | replace("\\n", "⏎") }}</code>{% if times
+> 1 %}× {{ times }} {% endif %} {%- endfor %}</details></section> {% endfor %}</html>
 """
 
 
