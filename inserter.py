@@ -1290,6 +1290,9 @@ def read_checkpoint(source: str | Path, model_type: str,
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} is missing or damaged ({type(error).__name__}); "
                         f"{REMEDY}.") from None
+    for name in sorted(report["unexpected_keys"]):
+        raise UserError(f"{folder}: its config.json and its weights disagree at {name}, for which the model has no "
+                        f"place; {REMEDY}.")
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in lacking}
     return model.config, tensors, folder
