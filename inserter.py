@@ -251,7 +251,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
     q           (T, Hq, D)
     k, v        (T, Hkv, D); query head h reads key-value head h // (Hq / Hkv)
     cu_seqlens  (documents + 1,) int32 from 0 to T, empty ones allowed: [0, 3, 10] is documents of 3 and 7
-    buckets     length_buckets' result, shared by all layers
+    buckets     the index work of `length_buckets` (section 5), shared by all layers
     -> (T, Hq, D)
     """
     rows, blocks, back = buckets or length_buckets(cu_seqlens, causal, q.device)
@@ -264,38 +264,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
         out = F.scaled_dot_product_attention(*qkv, mask, is_causal=causal, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))                               # (n L, Hq, D)
     return torch.cat(outputs).index_select(0, back)
-
-
-def length_buckets(cu_seqlens: Tensor, causal: bool, device: torch.device) -> tuple[Tensor, list, Tensor]:
-    """The index work of plain_attention, which depends on the documents' lengths alone.
-
-    Lengths [3, 0, 7, 2] fall into the buckets (2, 4], (4, 8] and (1, 2]; the empty document is nowhere.
-    -> rows    where the padded rows of all buckets come from
-       blocks  [(documents n, longest L, mask of real keys (n, 1, 1, L) or None)], here (1, 3), (1, 7), (1, 2)
-       back    (T,) the row at which each position's result stands
-    """
-    bounds = cu_seqlens.cpu().long()
-    starts, lengths = bounds[:-1], bounds.diff()
-    buckets: dict[int, list[int]] = {}
-    for document, length in enumerate(lengths.tolist()):
-        if length:
-            buckets.setdefault((length - 1).bit_length(), []).append(document)
-    back = torch.empty(int(bounds[-1]), dtype=torch.int64)
-    sources, blocks, filled = [], [], 0
-    for documents in buckets.values():
-        start = starts[documents, None]                                                 # (n, 1)
-        length = lengths[documents, None]
-        column = torch.arange(int(length.max()))                                        # (L,)
-        is_real = column < length                                                       # (n, L)
-        rows = start + torch.minimum(column, length - 1)                                # padded by real rows
-        back[rows[is_real]] = filled + is_real.flatten().nonzero()[:, 0]
-        filled += rows.numel()
-        mask = None
-        if not causal and not is_real.all():          # causal: padding is last, where no query looks
-            mask = is_real[:, None, None].to(device)
-        sources.append(rows.flatten())
-        blocks.append((*rows.shape, mask))
-    return torch.cat(sources).to(device), blocks, back.to(device)
 
 
 def uses_kernel(device: torch.device, head_size: int) -> bool:
@@ -1028,6 +996,38 @@ def fork_server() -> Any:
     return context
 
 
+def length_buckets(cu_seqlens: Tensor, causal: bool, device: torch.device) -> tuple[Tensor, list, Tensor]:
+    """The index work of plain_attention, which depends on the documents' lengths alone.
+
+    Lengths [3, 0, 7, 2] fall into the buckets (2, 4], (4, 8] and (1, 2]; the empty document is nowhere.
+    -> rows    where the padded rows of all buckets come from
+       blocks  [(documents n, longest L, mask of real keys (n, 1, 1, L) or None)], here (1, 3), (1, 7), (1, 2)
+       back    (T,) the row at which each position's result stands
+    """
+    bounds = cu_seqlens.cpu().long()
+    starts, lengths = bounds[:-1], bounds.diff()
+    buckets: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths.tolist()):
+        if length:
+            buckets.setdefault((length - 1).bit_length(), []).append(document)
+    back = torch.empty(int(bounds[-1]), dtype=torch.int64)
+    sources, blocks, filled = [], [], 0
+    for documents in buckets.values():
+        start = starts[documents, None]                                                 # (n, 1)
+        length = lengths[documents, None]
+        column = torch.arange(int(length.max()))                                        # (L,)
+        is_real = column < length                                                       # (n, L)
+        rows = start + torch.minimum(column, length - 1)                                # padded by real rows
+        back[rows[is_real]] = filled + is_real.flatten().nonzero()[:, 0]
+        filled += rows.numel()
+        mask = None
+        if not causal and not is_real.all():          # causal: padding is last, where no query looks
+            mask = is_real[:, None, None].to(device)
+        sources.append(rows.flatten())
+        blocks.append((*rows.shape, mask))
+    return torch.cat(sources).to(device), blocks, back.to(device)
+
+
 # --------------------------------------------------------------------------------------------------
 # 6. Features: waveforms to log-mel frames
 #
@@ -1291,8 +1291,8 @@ def read_checkpoint(source: str | Path, model_type: str,
         raise UserError(f"{folder / 'model.safetensors'} is missing or damaged ({type(error).__name__}); "
                         f"{REMEDY}.") from None
     for name in sorted(report["unexpected_keys"]):
-        raise UserError(f"{folder}: its config.json and its weights disagree at {name}, for which the model has no "
-                        f"place; {REMEDY}.")
+        raise UserError(f"{folder}: its config.json and its weights disagree at {name}, for which the model has "
+                        f"no place; {REMEDY}.")
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in lacking}
     return model.config, tensors, folder
