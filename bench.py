@@ -1,44 +1,45 @@
 """A small SpeechInstructBench: does the model do what it is told aloud as well as what it is told in writing?
 
-A row is one prompt, asked in one way, and what became of it; a file of rows has one JSON object a line:
+A row is one prompt, asked in one way, and what became of it; a file of rows has one JSON object a line.
 
-    prompt     "what colour is the sun, in capital letters"          typed, or spoken under one of five conditions
-    response   "IT IS YELLOW."
-    checks     change_case:english_capital {}                        strict: followed    loose: followed
-               tiny:answer {"kind": "colour", "words": ["yellow"]}   strict: followed    loose: followed
+    prompt    what colour is the sun, in capital letters            typed, or spoken under one of five conditions
+    response  IT IS YELLOW.
+    checks    change_case:english_capital {}                        strict: followed    loose: followed
+              tiny:answer {"kind": "colour", "words": ["yellow"]}   strict: followed    loose: followed
 
-Its fields, in the order in which they are written:
+Its fields, from the prompt to the verdicts. Rows of other systems need those with a star, and what is to be judged.
 
-    key                    names the row: closed-0004-accent-spoken
-    suite                  closed (rules judge the form), open (many answers are right), adjustment (the speaker corrects
-                           himself), transcription (what is heard)
-    condition              standard, background noise, accent, paralinguistic, disfluency, or a floor
-    lang, prompt           what is asked
-    audio_path             the prompt spoken, a FLAC beside the file; null when typed
-    instruction_id_list    names of the checks
-    kwargs                 their arguments, one object per check
-    decomposed_questions   open: yes/no questions about an answer
-    reference              a right answer
-    item, kind, constraint rows of one item have one prompt (one spoken with disfluency says the same)
-    withdrawn              adjustment: the checks of what the speaker took back
-    decomposed_checks      open: the checks that answer decomposed_questions
-    voice, noise, variant, seconds                  of spoken prompts
-    response, truncated    the answer; nearest, decoding: how it came about
-    pred_score             verdicts on decomposed_questions: a rule's, or the votes of a judge
-    strict, loose          verdicts, one per check, null where there is none to give
-    withdrawn_strict       verdicts on `withdrawn`
-    majority, votes, malformed, ties                of a judge's votes, in place of strict and loose
+    key                     the row's name: closed-0004-accent-spoken; in two files, what pairs their rows
+    suite                   closed (one right answer), adjustment (the speaker corrects himself), open (many right
+                            answers), transcription (write down what is heard)
+    condition               standard, background noise, accent, paralinguistic, disfluency, or a floor
+    lang
+    prompt *                what is asked
+    audio_path              the prompt spoken, a FLAC beside prompts.jsonl; null when it is typed
+    instruction_id_list *   the names of the checks
+    kwargs *                their arguments, an object for each check
+    decomposed_questions    open: yes/no questions about the answer; decomposed_checks: checks that answer them
+    reference               a right answer
+    item, kind, constraint  where the prompt comes from; rows that ask the same share their item
+    withdrawn               adjustment: the checks of what the speaker took back
+    voice, noise, variant, seconds        how a prompt is spoken
+    response *              the answer, null or absent where there is none; truncated: it ran into the limit
+    decoding, nearest       how an answer was made; the training prompt that a floor's answer belongs to
+    pred_score              open, adjustment: verdicts by a rule, or the votes of a judge
+    strict, loose           one verdict for each check: true, false, or null where it cannot be scored
+    withdrawn_strict        the same for the checks in `withdrawn`
+    majority, votes, malformed, ties      of a judge's votes
 
-The way of the rows through this file:
+The way of the rows through this file, with the functions that take each step:
 
-    tiny world's test split -> prompts.jsonl, audio/*.flac -> answers.jsonl -> verdicts -> counts -> figures
-          draw_rows              make_prompts              ask_rows      verdicts  contributions  figures
-
-    python bench.py                                           benchmark the run: runs/<run>/bench/
-    python bench.py run=asr                                   another run
-    python bench.py score=FILE.jsonl                          score rows of the tiny suite, answered by any system
-    python bench.py score=FILE.jsonl suite=closed             answers to SpeechInstructBench itself ...
-    python bench.py score=FILE.jsonl suite=closed official=true      ... as its own evaluator judges them
+    tiny world's test split -> prompts.jsonl, audio/ -> answers.jsonl -> scored rows -> results.json -> report.html
+                  draw_rows         make_prompts     ask_rows     verdicts     contributions      write_report
+                                                                                  figures
+    python bench.py                                                  benchmark the run: runs/<run>/bench/
+    python bench.py run=asr                                          another run
+    python bench.py score=FILE.jsonl                                 score answered rows of the tiny suite
+    python bench.py score=FILE.jsonl suite=closed                    answers to SpeechInstructBench itself
+    python bench.py score=FILE.jsonl suite=closed official=true      the same, judged as its own evaluator does
     python bench.py score=OURS.jsonl,THEIRS.jsonl suite=closed       two systems and their difference
 
 Every figure is computed from answered rows alone, by the functions behind `score=`.
@@ -88,7 +89,7 @@ FLOORS = (SILENCE, NEAREST)
 
 
 def mode(row: dict) -> str:
-    """How a row is asked: typed, spoken, or not at all, in rows of a floor."""
+    """How a row is asked: typed, spoken, or not at all (a floor)."""
     if row["condition"] in FLOORS:
         return "floor"
     return "spoken" if row.get("audio_path") else "typed"
@@ -113,26 +114,29 @@ def read_rows(path: Path, suite: str = "tiny") -> list[dict]:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a file of answered rows.") from None
     rows = []
     for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
         try:
             row = json.loads(line.decode("utf-8"), object_pairs_hook=once)
-            json.dumps(row, ensure_ascii=False).encode()              # half of a surrogate pair could not be written
-        except (ValueError, RecursionError) as error:                 # JSON's and UTF-8's errors are ValueErrors
-            raise UserError(f"{path} line {number} is not JSON in UTF-8 ({error}); mend or remove it.") from None
-        check_row(row, f"{path} line {number}", suite)
+            json.dumps(row, ensure_ascii=False).encode()         # half of a surrogate pair could not be written
+        except (ValueError, RecursionError) as error:            # JSON's and UTF-8's errors are ValueErrors
+            raise UserError(f"{where} is not JSON in UTF-8 ({error}); mend or remove it.") from None
+        check_row(row, where, suite)
         rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no rows; give a file with one JSON object per line.")
     if suite in METRICS_OF_VOTES and all(row.get("pred_score") is None for row in rows):
-        raise UserError(f"{path} has no row with pred_score, the votes of a judge, by which suite={suite} is scored.")
+        raise UserError(f"{path} has no row with pred_score, the votes of a judge, by which suite={suite} is "
+                        "scored.")
     return rows
 
 
 def check_row(row: object, where: str, suite: str = "tiny") -> None:
-    """Refuse a row that cannot be scored: UserError says `where` it stands."""
+    """Refuse a row that cannot be scored; UserError says `where` it stands."""
     required = REQUIRED[suite]
     for name, kind in required.items():
         if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise UserError(f"{where} has no {name} of type {kind.__name__}; every row needs {', '.join(required)}.")
+            raise UserError(f"{where} has no {name} of type {kind.__name__}; every row needs "
+                            f"{', '.join(required)}.")
     for name in TEXT_OR_NULL[suite]:
         if not isinstance(row.get(name), str | None):
             raise UserError(f"{where}: {name} must be text, or null where there is none.")
@@ -143,53 +147,52 @@ def check_row(row: object, where: str, suite: str = "tiny") -> None:
 
 
 def check_tiny_row(row: dict, where: str) -> None:
-    if row["suite"] not in NEEDED:
-        raise UserError(f"{where} has the unknown suite {row['suite']!r}; valid ones are {', '.join(NEEDED)}.")
-    needed = NEEDED[row["suite"]]
-    for name, kind in needed.items():
-        if not isinstance(row.get(name), kind):
-            raise UserError(f"{where} has no {name}, which rows of {row['suite']} need; keep the fields of prompts.jsonl.")
-    check_instructions(row, where, "tiny")
-    for name, kind in needed.items():
-        if kind is dict:
-            check_instructions(row[name], f"{where}, {name}", "tiny")
+    suite = row["suite"]
+    if suite not in NEEDED:
+        raise UserError(f"{where} has the unknown suite {suite!r}; valid ones are {', '.join(NEEDED)}.")
+    needed, kind = NEEDED[suite]
+    if not isinstance(row.get(needed), kind):
+        raise UserError(f"{where} has no {needed}, which rows of {suite} need; keep the fields of prompts.jsonl.")
+    check_instructions(row, where)
+    if kind is dict:
+        check_instructions(row[needed], f"{where}, {needed}")
 
 
-def check_instructions(checks: dict, where: str, rules: str) -> None:
-    """Refuse ids that RULES[rules] lacks, and arguments that are not the check's own, each of its type."""
-    ids = checks.get("instruction_id_list")
+def check_instructions(checks: dict, where: str, rules: str = "tiny") -> None:
+    """Refuse names that RULES[rules] lacks, and arguments that are not the check's own.
+
+    checks: a row, or a part of one with `instruction_id_list` and `kwargs`.
+    """
+    names = checks.get("instruction_id_list")
     kwargs = checks.get("kwargs")
-    both_lists = isinstance(ids, list) and isinstance(kwargs, list)
-    if not both_lists or len(ids) != len(kwargs) or (not ids and rules != "tiny"):
+    lists = isinstance(names, list) and isinstance(kwargs, list)
+    if not lists or len(names) != len(kwargs) or (names == [] and rules != "tiny"):
         raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not empty.")
-    for name, arguments in zip(ids, kwargs):
+    for name, arguments in zip(names, kwargs):
         if not isinstance(name, str) or name not in RULES[rules]:
             raise UserError(f"{where} has the unknown instruction {name!r}; {synth.nearest(name, RULES[rules])}.")
         _, *wanted = inspect.signature(RULES[rules][name]).parameters       # the first is the text
         if not isinstance(arguments, dict) or not_null(arguments).keys() != set(wanted):
             raise UserError(f"{where}: kwargs of {name} must be {{{', '.join(wanted)}}}, not {arguments!r}.")
         for key in wanted:
-            check_argument(key, arguments[key], f"kwargs.{key} of {name}", where)
+            check_argument(arguments[key], key, f"kwargs.{key} of {name}", where)
 
 
-def check_argument(key: str, value: object, name: str, where: str) -> None:
-    """Refuse an argument of a wrong type; True is no number."""
-    def demand(item: object, kind: type) -> None:
-        if type(item) is not kind:
-            raise UserError(f"{name} in {where} must be {kind.__name__}, not {item!r}.")
-
-    if key in LIST_ARGUMENTS:
-        demand(value, list)
-        for item in value:
-            demand(item, str)
-    else:
-        demand(value, int if key in NUMBER_ARGUMENTS else str)
+def check_argument(value: object, key: str, name: str, where: str) -> None:
+    """Refuse an argument of a wrong type: in ARGUMENTS, or text. True is no number."""
+    kind = ARGUMENTS.get(key, str)
+    demanded = [(value, kind)]
+    if kind is list and type(value) is list:
+        demanded += [(item, str) for item in value]
+    for item, right in demanded:
+        if type(item) is not right:
+            raise UserError(f"{name} in {where} must be {right.__name__}, not {item!r}.")
     if key.endswith("relation") and value not in ("less than", "at least"):
         raise UserError(f"{where}: {name} must be 'less than' or 'at least'.")
 
 
 def not_null(arguments: dict) -> dict:
-    """The official files give every instruction all names of arguments, most of them null."""
+    """The official files give every check the names of all arguments, most of them null."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 
@@ -266,10 +269,12 @@ def bullets(text: str) -> int:
 
 
 def highlights(text: str) -> int:
-    """Non-empty *sections* and **sections**; the latter count twice where a single asterisk also encloses text."""
+    """Non-empty *sections* and **sections**; the latter count twice where single asterisks enclose text too."""
     single = re.findall(r"\*[^\n*]*\*", text)
     double = re.findall(r"\*\*[^\n*]*\*\*", text)
-    return sum(marked.strip("*").strip() != "" for marked in single) + sum(marked[2:-2].strip() != "" for marked in double)
+    filled = [marked for marked in single if marked.strip("*").strip()]
+    filled += [marked for marked in double if marked[2:-2].strip()]
+    return len(filled)
 
 
 def has_title(text: str) -> bool:
@@ -360,19 +365,17 @@ def named(text: str, words: Iterable[str]) -> list[str]:
     return [word for word in words_of(text) if word in words]
 
 
-def names_so_many(text: str, group: str, count: int) -> bool:
-    return len(set(named(text, synth.GROUPS[group]))) == count
+def members(text: str, group: str) -> list[str]:
+    return named(text, synth.GROUPS[group])
 
 
-def names_only(text: str, group: str) -> bool:
+def all_in_group(text: str, group: str) -> bool:
     """Something is named, and nothing outside the group."""
-    words = named(text, known_words())
-    return words != [] and words == named(text, synth.GROUPS[group])
+    return [] != members(text, group) == named(text, known_words())
 
 
-def names_differ(text: str, group: str) -> bool:
-    members = named(text, synth.GROUPS[group])
-    return 0 < len(members) == len(set(members))
+def all_different(text: str, group: str) -> bool:
+    return 0 < len(members(text, group)) == len(set(members(text, group)))
 
 
 def stated_facts(text: str) -> set[tuple[str, str, str]]:
@@ -381,11 +384,11 @@ def stated_facts(text: str) -> set[tuple[str, str, str]]:
     >>> stated_facts("The dog says woof.")
     {('sound', 'dog', 'woof')}
     """
-    text = " ".join(words_of(text))
+    words = " ".join(words_of(text))
     facts = set()
     for kind in ("baby", "sound", "home", "food", "colour"):
         pattern = synth.KINDS[kind]["fact"].rstrip(".").format(x=r"(\w+)", y=r"(\w+)")
-        facts |= {(kind, x, y) for x, y in re.findall(pattern, text)}
+        facts |= {(kind, x, y) for x, y in re.findall(pattern, words)}
     return facts
 
 
@@ -420,13 +423,13 @@ TINY = CHECKS | {
     "length_constraints:number_sentences": lambda text, relation, num_sentences:
         compare(len(synth.sentences(text)), relation, num_sentences),
     "detectable_content:postscript": has_marker,
-    # The words of the kind's domain are exactly those expected, in order: naming all colours, or counting on, fails.
+    # The words of the kind's domain are exactly those expected, in order: naming all colours fails.
     "tiny:answer": lambda text, kind, words: named(text, domain(kind)) == words,
-    "tiny:count": names_so_many,
-    "tiny:group": names_only,
-    "tiny:different": names_differ,
+    "tiny:count": lambda text, group, count: len(set(members(text, group))) == count,
+    "tiny:group": all_in_group,
+    "tiny:different": all_different,
     "tiny:list": lambda text, group, count:
-        names_so_many(text, group, count) and names_only(text, group) and names_differ(text, group),
+        len(members(text, group)) == count and all_in_group(text, group) and all_different(text, group),
     "tiny:two_facts": states_two_facts,
     "tiny:true": states_only_truth,
     "tiny:facts": lambda text, about: states_two_facts(text, about) and states_only_truth(text, about),
@@ -438,15 +441,16 @@ RULES = {"tiny": TINY, "closed": CHECKS, "official": OFFICIAL}
 # --------------------------------------------------------------------------------------------------
 # 3. Verdicts: by rule, or by the votes of a judge
 #
-# `verdicts` turns an answered row into a scored one. Rows of the tiny suite and of suite=closed get `strict` and
-# `loose`, one verdict per instruction; those of suite=open and suite=adjustment carry the votes of a judge in
-# `pred_score` and get their `majority`, one verdict per question.
+# `verdicts` turns an answered row into a scored one. Rows of the tiny suite and of suite=closed are judged by
+# the checks: `strict` and `loose`, a verdict for each. Those of suite=open and suite=adjustment carry the votes
+# of a judge in `pred_score`: their `majority` has a verdict for each question.
 # --------------------------------------------------------------------------------------------------
 
 def given(arguments: dict, rules: str) -> dict:
-    """The arguments that a check is called with: none that is null.
+    """The arguments that a check is called with.
 
-    Words that checks look for become patterns that match them as they stand; the official code takes them for patterns.
+    Words that checks look for become patterns that match them as they stand; the official code takes them for
+    patterns.
     """
     escape = str if rules == "official" else re.escape
     result = not_null(arguments)
@@ -461,8 +465,9 @@ def given(arguments: dict, rules: str) -> dict:
 def scorable(arguments: dict, rules: str) -> bool:
     """Whether an instruction with these arguments has a definite verdict.
 
-    The official code drops arguments that are 0 or empty, and for these, as for negative numbers, for a letter outside
-    a-z and for a paragraph beyond the last, it draws others at random; at a language it does not list it stops.
+    The official code drops arguments that are 0 or empty, and for these, as for negative numbers, for a letter
+    outside a-z and for a paragraph beyond the last, it draws others at random; at a language that it does not
+    list it stops.
     """
     language = arguments.get("language", "en")
     if rules != "official":
@@ -488,20 +493,20 @@ def verdict(text: str, name: str, arguments: dict, rules: str) -> bool | None:
 
 
 def follows(response: str, checks: dict, rules: str = "tiny") -> list[bool | None]:
-    """One verdict per instruction in `checks`, a row or a part of one that has instruction_id_list and kwargs.
+    """A verdict for each of the `checks`: a row, or a part of one with `instruction_id_list` and `kwargs`.
 
-    Of two responses that were asked for the content must be right in each.
+    Where two responses were asked for, the content must be right in both.
 
     >>> follows("It is yellow.", {"instruction_id_list": ["change_case:english_capital", "tiny:answer"],
     ...                           "kwargs": [{}, {"kind": "colour", "words": ["yellow"]}]})
     [False, True]
     """
-    ids = checks["instruction_id_list"]
+    names = checks["instruction_id_list"]
     pieces = [response]
-    if "combination:two_responses" in ids:
+    if "combination:two_responses" in names:
         pieces = [piece for piece in response.split("******") if piece.strip()] or [response]
     found = []
-    for name, arguments in zip(ids, checks["kwargs"]):
+    for name, arguments in zip(names, checks["kwargs"]):
         if name.startswith("tiny:"):
             found.append(all(verdict(piece, name, arguments, rules) for piece in pieces))
         else:
@@ -536,7 +541,7 @@ def strict_and_loose(response: str, checks: dict, rules: str) -> dict[str, list[
 
 
 def parsed(value: object) -> object:
-    """What a text says as JSON object, or as list in JSON or Python; None where it says nothing; no text as it is."""
+    """What a text says in JSON or Python, or None; what is no text, as it is."""
     if not isinstance(value, str):
         return value
     read = json.loads if value.strip().startswith("{") else ast.literal_eval
@@ -553,7 +558,7 @@ def yes_or_no(word: object) -> bool | None:
 
 
 def vote_of(vote: object, suite: str) -> list[bool] | None:
-    """A judge's vote as one verdict per question, for adjustment rows per name in JUDGED; None where it is malformed.
+    """A judge's vote as a verdict for each question (adjustment: each name in JUDGED); None if malformed.
 
     >>> vote_of("['YES', 'no']", "open")
     [True, False]
@@ -568,52 +573,46 @@ def vote_of(vote: object, suite: str) -> list[bool] | None:
     return answers if answers and None not in answers else None
 
 
-def questions_of(row: dict, suite: str, official: bool) -> int:
-    """How many questions a vote should answer; 0 where that is not known."""
-    if suite == "adjustment":
-        return len(JUDGED)
-    questions = parsed(row.get("decomposed_questions"))
-    return len(questions) if isinstance(questions, list) and not official else 0
-
-
 def majority(row: dict, suite: str, official: bool) -> dict:
-    """The votes on a row, counted: `majority` (True or False per question, none without a vote), `votes`, `malformed`
-    and `ties`.
+    """The verdicts of a row's votes: `majority`, True or False for each question, and how they came about.
 
-    YES needs more than half of the well-formed votes, so a tie is NO; in the official code the first vote decides it. A
-    vote of the wrong length is malformed; where the number of questions is not known, that of the longest vote is right.
-    Without a response every question is NO; the official code leaves the row out.
+    YES needs more than half of the well-formed votes, so a tie is NO; in the official code the first vote decides
+    it. A vote of the wrong length is malformed; where the number of questions is not known, that of the longest
+    vote is right. Without a response every question is NO; the official code leaves the row out.
 
     >>> votes = ["['YES', 'NO']", "['YES', 'YES']", "['NO', 'NO']", "I would say YES"]
     >>> majority({"response": "a", "pred_score": votes}, "open", official=False)
     {'majority': [True, False], 'votes': 4, 'malformed': 1, 'ties': 0}
     """
-    questions = questions_of(row, suite, official)
+    questions = parsed(row.get("decomposed_questions"))
+    length = 0                         # of a vote; not known
+    if suite == "adjustment":
+        length = len(JUDGED)
+    elif isinstance(questions, list) and not official:
+        length = len(questions)
     if row.get("response") is None:
-        unanswered = [] if official else [False] * max(1, questions)
+        unanswered = [] if official else [False] * max(1, length)
         return {"majority": unanswered, "votes": 0, "malformed": 0, "ties": 0}
-    given_votes = parsed(row.get("pred_score"))
-    if not isinstance(given_votes, list) or vote_of(given_votes, suite):       # a single vote, or none
-        given_votes = [] if row.get("pred_score") is None else [given_votes]
-    votes = [vote for vote in (vote_of(each, suite) for each in given_votes) if vote]
-    length = questions or max(map(len, votes), default=0)
+    cast = parsed(row.get("pred_score"))
+    if not isinstance(cast, list) or vote_of(cast, suite):            # a single vote, or none
+        cast = [] if row.get("pred_score") is None else [cast]
+    votes = [vote for vote in (vote_of(each, suite) for each in cast) if vote]
+    length = length or max(map(len, votes), default=0)
     votes = [vote for vote in votes if len(vote) == length]
     decided = []
     ties = 0
-    for column in zip(*votes):         # one per question
+    for column in zip(*votes):         # the votes on one question
         tie = 2 * sum(column) == len(votes)
         ties += tie
         decided.append(column[0] if tie and official else 2 * sum(column) > len(votes))
-    return {"majority": decided, "votes": len(given_votes), "malformed": len(given_votes) - len(votes),
-            "ties": ties}
+    return {"majority": decided, "votes": len(cast), "malformed": len(cast) - len(votes), "ties": ties}
 
 
 def verdicts(row: dict, suite: str = "tiny", official: bool = False) -> dict:
     """A scored row: the row with its verdicts, by rule or by votes.
 
-    The tiny suite's rows get two more: `withdrawn_strict` (adjustment: the checks of what the speaker took back) and
-    `pred_score` (open: one verdict per decomposed question). Without a response nothing is followed; the official code
-    leaves such a row out.
+    Rows of the tiny suite get two more: `withdrawn_strict` (adjustment) and `pred_score` (open). Without a response
+    nothing is followed; the official code leaves such a row out.
     """
     if suite in METRICS_OF_VOTES:
         return row | majority(row, suite, official)
@@ -635,30 +634,27 @@ def verdicts(row: dict, suite: str = "tiny", official: bool = False) -> dict:
 # --------------------------------------------------------------------------------------------------
 # 4. Figures
 #
-# Every figure is a ratio of sums over rows, so one function tells what a row adds to each, and one bootstrap
-# over rows gives the intervals: draw n rows of n with replacement, some thousand times, and keep the middle
-# 95 % of the ratios. A whole suite is reported flat; the tiny suite by condition and mode, with the gap between
-# typed and spoken and with floors, which say what a model that heard nothing would reach.
+# Every figure is a ratio of sums over rows, so one function tells what a row adds to each of them, and one
+# bootstrap over rows gives the intervals: draw n rows of n with replacement, some thousand times, and keep the
+# middle 95 % of the ratios. A suite of SpeechInstructBench is reported flat; the tiny suite by condition and
+# mode, with the gap between typed and spoken, and with floors: what is reached without hearing the prompt.
 # --------------------------------------------------------------------------------------------------
 
-Counts = dict[str, tuple[float, float]]                               # metric -> (numerator, denominator)
-
-
-def contributions(row: dict, suite: str) -> Counts:
+def contributions(row: dict, suite: str = "tiny") -> dict[str, tuple[float, float]]:
     """What a scored row adds to each figure: metric -> (numerator, denominator).
 
-    WER: word errors of a transcription. IAR: the correction is followed; ECR: what was taken back is followed (lower is
-    better). Coverage: whether the row counts at prompt level.
+    IAR: the correction is followed; ECR: what was taken back is followed (lower is better). WER: word errors.
+    coverage: whether the row counts at prompt level.
 
-    >>> contributions({"response": "IT IS RED", "majority": [True, False]}, "open")
+    >>> contributions({"majority": [True, False]}, "open")
     {'prompt': (False, 1), 'instruction': (1, 2), 'coverage': (1, 1)}
     """
+    if suite in METRICS_OF_VOTES:
+        return majority_counts(row["majority"], suite)
     if suite == "tiny" and row["suite"] == "transcription":
         said = words_of(row["reference"])
         heard = words_of(row.get("response") or "")
         return {"WER": (torchaudio.functional.edit_distance(said, heard), len(said))}
-    if suite in METRICS_OF_VOTES:
-        return majority_counts(row["majority"], suite)
     counts = verdict_counts(row)
     if suite == "closed":
         return counts | type_counts(row) | {"coverage": (counts["strict-prompt"][1], 1)}
@@ -670,15 +666,16 @@ def contributions(row: dict, suite: str) -> Counts:
     return counts
 
 
-def verdict_counts(row: dict) -> Counts:
-    """Strict, loose and mean figures. A verdict of None leaves the instructions, its row the prompts.
+def verdict_counts(row: dict) -> dict[str, tuple[float, float]]:
+    """Prompt- and instruction-level accuracy. A verdict of None leaves the instructions, its row the prompts.
 
-    >>> verdict_counts({"strict": [True, None], "loose": [True, None]})["strict-instruction"]
-    (1, 1)
+    >>> counts = verdict_counts({"strict": [True, None], "loose": [True, None]})
+    >>> counts["strict-prompt"], counts["strict-instruction"]
+    ((0, 0), (1, 1))
     """
     counts = {}
     for how in ("strict", "loose"):
-        known = [each for each in row[how] if each is not None]
+        known = [followed for followed in row[how] if followed is not None]
         complete = len(known) == len(row[how])
         counts[f"{how}-prompt"] = (all(known), 1) if complete else (0, 0)
         counts[f"{how}-instruction"] = (sum(known), len(known))
@@ -689,29 +686,31 @@ def verdict_counts(row: dict) -> Counts:
     return counts
 
 
-def type_counts(row: dict) -> Counts:
+def type_counts(row: dict) -> dict[str, tuple[float, float]]:
     """Each type of instruction by itself: "punctuation:no_comma strict", "punctuation:no_comma loose"."""
     counts = {}
     for name in row["instruction_id_list"]:
         for how in ("strict", "loose"):
-            found = [each for other, each in zip(row["instruction_id_list"], row[how]) if other == name]
+            found = [followed for each, followed in zip(row["instruction_id_list"], row[how]) if each == name]
             counts[f"{name} {how}"] = (found.count(True), len(found) - found.count(None))
     return counts
 
 
-def majority_counts(majority: list[bool], suite: str) -> Counts:
-    if not majority:
+def majority_counts(answers: list[bool], suite: str) -> dict[str, tuple[float, float]]:
+    """Of the answers to a judge's questions; to those of JUDGED in an adjustment row."""
+    if not answers:
         counts = dict.fromkeys(METRICS_OF_VOTES[suite], (0, 0))
     elif suite == "open":
-        counts = {"prompt": (all(majority), 1), "instruction": (sum(majority), len(majority))}
-    else:                              # questions as in JUDGED: corrected, its content right, taken back
-        counts = {"IAR": (all(majority[:2]), 1), "ECR": (majority[2], 1)}
-    return counts | {"coverage": (int(majority != []), 1)}
+        counts = {"prompt": (all(answers), 1), "instruction": (sum(answers), len(answers))}
+    else:
+        followed, content_right, withdrawn = answers
+        counts = {"IAR": (followed and content_right, 1), "ECR": (withdrawn, 1)}
+    return counts | {"coverage": (1 if answers else 0, 1)}
 
 
 @functools.lru_cache(maxsize=128)
 def resamples_of(n: int, resamples: int) -> np.ndarray:
-    """How often each of n rows was drawn in each resample: (resamples, n), float64 so that sums of counts are exact.
+    """How often each of n rows was drawn in each resample: (resamples, n), float64 so that sums are exact.
 
     The seed is n, not the run's, so that the same answers give the same figures everywhere.
     """
@@ -720,7 +719,7 @@ def resamples_of(n: int, resamples: int) -> np.ndarray:
 
 def ratios_of(counts: list[tuple[float, float]], resamples: int) -> tuple[float | None, np.ndarray | None]:
     """Ratio of sums over all rows and in each resample: (resamples,), nan where the denominator is 0 there."""
-    top, bottom = np.array(counts, float).reshape(-1, 2).T            # (rows,) each
+    top, bottom = np.array(counts, float).reshape(-1, 2).T       # (rows,) each
     if not bottom.sum():
         return None, None
     weights = resamples_of(len(top), resamples)
@@ -729,10 +728,7 @@ def ratios_of(counts: list[tuple[float, float]], resamples: int) -> tuple[float 
     return float(top.sum() / bottom.sum()), ratios
 
 
-def middle(ratios: np.ndarray | None) -> list[float] | None:
-    """The middle 95 %."""
-    if ratios is None:
-        return None
+def middle(ratios: np.ndarray) -> list[float]:
     return np.percentile(ratios[~np.isnan(ratios)], [2.5, 97.5]).round(6).tolist()
 
 
@@ -744,28 +740,30 @@ def estimate(counts: list[tuple[float, float]], resamples: int,
     (0.75, [0.25, 1.0])
     """
     ratio, ratios = ratios_of(counts, resamples)
-    if ratio is not None:
-        ratio = round(ratio, digits)
-    return ratio, middle(ratios)
+    if ratio is None:
+        return None, None
+    return round(ratio, digits), middle(ratios)
 
 
-def with_intervals(found: dict[str, tuple[float | None, list[float] | None]]) -> dict:
-    """{"WER": (0.1, [0.0, 0.2])} -> {"WER": 0.1, "interval": {"WER": [0.0, 0.2]}}."""
-    result = {metric: ratio for metric, (ratio, _) in found.items()}
-    return result | {"interval": {metric: interval for metric, (_, interval) in found.items()}}
+def column(counts: list[dict], metric: str) -> list[tuple[float, float]]:
+    return [each.get(metric, (0, 0)) for each in counts]
 
 
-def figures(counts: list[Counts], metrics: Iterable[str], resamples: int, digits: int = 6) -> dict:
-    """{"strict-prompt": 0.61, …, "interval": {"strict-prompt": [0.55, 0.66], …}} of what each row adds."""
-    found = {}
+def figures(counts: list[dict], metrics: Iterable[str], resamples: int, digits: int = 6) -> dict:
+    """Figures of what each row adds to them.
+
+    >>> figures([{"WER": (1, 4)}, {"WER": (1, 4)}], ["WER"], 100)
+    {'WER': 0.25, 'interval': {'WER': [0.25, 0.25]}}
+    """
+    result = {}
+    intervals = {}
     for metric in metrics:
-        column = [each.get(metric, (0, 0)) for each in counts]
-        found[metric] = estimate(column, resamples, digits)
-    return with_intervals(found)
+        result[metric], intervals[metric] = estimate(column(counts, metric), resamples, digits)
+    return result | {"interval": intervals}
 
 
 def score_rows(rows: list[dict], suite: str, official: bool, resamples: int) -> tuple[list[dict], dict]:
-    """Score one system's answered rows: the rows with their verdicts, and all figures."""
+    """Score answered rows: the rows with their verdicts, and all figures."""
     scored = [verdicts(row, suite, official) for row in rows]
     if suite == "tiny":
         return scored, tiny_results(scored, resamples)
@@ -773,9 +771,10 @@ def score_rows(rows: list[dict], suite: str, official: bool, resamples: int) -> 
 
 
 def flat_results(rows: list[dict], suite: str, official: bool, resamples: int) -> dict:
-    """All figures of a suite of the benchmark itself, with their denominators (`count`)."""
+    """The figures of a suite of SpeechInstructBench, with their denominators (`count`)."""
     answered = [row for row in rows if row.get("response") is not None]
     results = {"suite": suite, "official": official, "rows": len(rows), "missing": len(rows) - len(answered)}
+    counts = [contributions(row, suite) for row in rows]
     if suite == "closed":
         unscored = [row["strict"].count(None) for row in answered]
         results["unscored-instructions"] = sum(unscored)
@@ -788,21 +787,21 @@ def flat_results(rows: list[dict], suite: str, official: bool, resamples: int) -
         for name in ("votes", "malformed", "ties"):
             results[name] = sum(row[name] for row in rows)
         metrics = [*METRICS_OF_VOTES[suite], "coverage"]
-    counts = [contributions(row, suite) for row in rows]
-    denominators = {metric: sum(each.get(metric, (0, 0))[1] for each in counts) for metric in metrics}
-    return results | {"bootstrap": resamples, "count": denominators} | figures(counts, metrics, resamples, digits=17)
+    results["bootstrap"] = resamples
+    results["count"] = {metric: sum(n for _, n in column(counts, metric)) for metric in metrics}
+    return results | figures(counts, metrics, resamples, digits=17)
 
 
 def tiny_results(rows: list[dict], resamples: int) -> dict:
-    """All figures of the tiny suite.
+    """The figures of the tiny suite.
 
     results[suite][condition][mode] has counts, fractions, intervals and floors (mode: typed, spoken, or floor);
-    results[suite][condition]["gap"][metric] is typed minus spoken. A condition without typed rows of its own (the
-    wording is the standard one) is held against those of "standard".
+    results[suite][condition]["gap"][metric] is typed minus spoken. A condition without typed rows of its own
+    (the wording is the standard one) is held against those of "standard".
     """
-    groups: dict[tuple[str, str, str], list[dict]] = {}
+    groups = collections.defaultdict(list)
     for row in rows:
-        groups.setdefault((row["suite"], row["condition"], mode(row)), []).append(row)
+        groups[row["suite"], row["condition"], mode(row)].append(row)
     decodings = {json.dumps(row["decoding"]): row["decoding"] for row in rows if "decoding" in row}
     results = {"suite": "tiny", "warning": WARNING, "rows": len(rows), "bootstrap": resamples,
                "decoding": list(decodings.values())} | incomplete(rows)
@@ -811,31 +810,32 @@ def tiny_results(rows: list[dict], resamples: int) -> dict:
         cell[how] = group_figures(group, resamples)
         if suite == "transcription" or how == "floor":
             continue
-        floors = {"other prompts": other_prompts(group), "silence": groups.get((suite, SILENCE, "floor"), []),
-                  "nearest training prompt": groups.get((suite, NEAREST, "floor"), [])}
-        cell[how]["floors"] = {name: headlines(found, suite) for name, found in floors.items()}
+        cell[how]["floors"] = {
+            "other prompts": headlines(other_prompts(group), suite),
+            "silence": headlines(groups.get((suite, SILENCE, "floor"), []), suite),
+            "nearest training prompt": headlines(groups.get((suite, NEAREST, "floor"), []), suite),
+        }
         typed = groups.get((suite, condition, "typed")) or groups.get((suite, "standard", "typed"))
         if how == "spoken" and typed:
             cell["gap"] = {metric: gap_of(typed, group, metric, resamples) for metric in SHOWN[suite]}
     return results
 
 
-def incomplete(rows: list[dict]) -> dict:
+def incomplete(rows: list[dict]) -> dict[str, int]:
     return {"missing": sum(row.get("response") is None for row in rows),
             "truncated": sum(bool(row.get("truncated")) for row in rows)}
 
 
 def group_figures(rows: list[dict], resamples: int) -> dict:
-    """All figures of one suite, condition and mode, then the headline by kind, constraint and variant, then strict
-    verdicts by instruction."""
-    counts = [contributions(row, "tiny") for row in rows]
+    """All figures of one suite, condition and mode, then the headline by kind of prompt, then the instructions."""
+    counts = [contributions(row) for row in rows]
     headline = SHOWN[rows[0]["suite"]][:1]
     result = {"count": len(rows)} | figures(counts, counts[0], resamples) | incomplete(rows)
     for field in ("kind", "constraint", "variant"):
         by_value = collections.defaultdict(list)
-        for row, each in zip(rows, counts):
+        for row, added in zip(rows, counts):
             if row.get(field):
-                by_value[row[field]].append(each)
+                by_value[row[field]].append(added)
         result[f"by {field}"] = {value: {"count": len(found)} | figures(found, headline, resamples)
                                  for value, found in sorted(by_value.items())}
     by_name = collections.defaultdict(list)
@@ -849,77 +849,75 @@ def group_figures(rows: list[dict], resamples: int) -> dict:
     return result
 
 
+def headlines(rows: list[dict], suite: str) -> dict[str, float | None]:
+    """The figures that the table shows, without intervals."""
+    counts = [contributions(row) for row in rows]
+    return {metric: estimate(column(counts, metric), resamples=1)[0] for metric in SHOWN[suite]}
+
+
 def other_prompts(rows: list[dict]) -> list[dict]:
     """The floor that costs nothing: each row with another row's response, by a seeded derangement."""
-    if len(rows) < 2:
+    if len(rows) == 1:
         return []
     order = random.Random("derangement").sample(rows, len(rows))
     exchanged = zip(order, order[1:] + order[:1])
     return [verdicts(row | {"response": other.get("response")}) for row, other in exchanged]
 
 
-def headlines(rows: list[dict], suite: str) -> dict[str, float | None]:
-    """The figures of a suite that the table shows, without intervals."""
-    counts = [contributions(row, "tiny") for row in rows]
-    shown = {}
-    for metric in SHOWN[suite]:
-        shown[metric], _ = estimate([each[metric] for each in counts], resamples=1)
-    return shown
-
-
 def gap_of(typed: list[dict], spoken: list[dict], metric: str, resamples: int) -> dict:
     """Typed minus spoken over the prompts that have both, with the interval of paired resamples."""
-    ceiling = {row["item"]: contributions(row, "tiny")[metric] for row in typed if "item" in row}
+    ceiling = {row["item"]: contributions(row)[metric] for row in typed if "item" in row}
     pairs = []
     for row in spoken:
         if row.get("item") in ceiling:
             above, denominator = ceiling[row["item"]]
-            below, _ = contributions(row, "tiny")[metric]
+            below, _ = contributions(row)[metric]
             pairs.append((above - below, denominator))
     difference, interval = estimate(pairs, resamples)
     return {"difference": difference, "interval": interval, "pairs": len(pairs)}
 
 
-def rows_by_key(rows: list[dict]) -> dict[tuple[str, int], dict]:
-    """(key as JSON, how many rows before have it) -> (number of the line, row)."""
+def numbered_keys(rows: list[dict]) -> list[tuple[str, int]]:
+    """Of each row its key as JSON, and how many rows before have it."""
     seen = collections.Counter()
-    found = {}
-    for number, row in enumerate(rows, 1):
+    keys = []
+    for row in rows:
         key = json.dumps(row.get("key"))
-        found[key, seen[key]] = (number, row)
+        keys.append((key, seen[key]))
         seen[key] += 1
-    return found
+    return keys
 
 
 def differences(paths: list[Path], systems: list[list[dict]], suite: str, resamples: int) -> dict:
     """The first system's figures minus the second's with the interval of paired resamples.
 
-    systems: the scored rows of each; they pair by key and its n-th occurrence. UserError for a row without a partner.
+    systems: the scored rows of each; they pair by key and its n-th occurrence. UserError for one without partner.
     """
-    first, second = map(rows_by_key, systems)
-    for path, own, other_path, other in ((paths[0], first, paths[1], second), (paths[1], second, paths[0], first)):
-        for (key, n), (number, _) in own.items():
-            if (key, n) not in other or key == "null":
-                raise UserError(f"{path} line {number} (key {key}) has no partner in {other_path}; rows pair by key "
-                                "and its n-th occurrence.")
-    ours = [contributions(row, suite) for _, row in first.values()]
-    theirs = [contributions(second[key][1], suite) for key in first]
-    found = {}
+    rows_of = [dict(zip(numbered_keys(rows), rows)) for rows in systems]
+    for own, other in ((0, 1), (1, 0)):
+        for number, (key, n) in enumerate(rows_of[own], 1):
+            if (key, n) not in rows_of[other] or key == "null":
+                raise UserError(f"{paths[own]} line {number} (key {key}) has no partner in {paths[other]}; rows "
+                                "pair by key and its n-th occurrence.")
+    ours = [contributions(row, suite) for row in systems[0]]
+    theirs = [contributions(rows_of[1][key], suite) for key in rows_of[0]]
+    result = {"to": str(paths[1]), "pairs": len(ours)}
+    intervals = {}
     for metric in dict.fromkeys(itertools.chain(*ours, *theirs)):
-        our_ratio, our_ratios = ratios_of([each.get(metric, (0, 0)) for each in ours], resamples)
-        their_ratio, their_ratios = ratios_of([each.get(metric, (0, 0)) for each in theirs], resamples)
-        found[metric] = (None, None)
-        if our_ratio is not None and their_ratio is not None:
-            found[metric] = (our_ratio - their_ratio, middle(our_ratios - their_ratios))
-    return {"to": str(paths[1]), "pairs": len(first)} | with_intervals(found)
+        ratio, ratios = ratios_of(column(ours, metric), resamples)
+        other_ratio, other_ratios = ratios_of(column(theirs, metric), resamples)
+        known = ratio is not None and other_ratio is not None
+        result[metric] = ratio - other_ratio if known else None
+        intervals[metric] = middle(ratios - other_ratios) if known else None
+    return result | {"interval": intervals}
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. The tiny suite's prompts
 #
 # Drawn from the tiny world's test split by the seed: closed-ended instructions in equal numbers of every
-# kind, adjustment ones and open-ended ones. A row is one way to ask one of them: typed, or spoken under a
-# condition. Rows of one instruction share `item`.
+# kind, adjustment ones and open-ended ones. A task is such an instruction, with its reference and its checks;
+# a row is one way to ask it: typed, or spoken under a condition.
 # --------------------------------------------------------------------------------------------------
 
 def draw_rows(c: synth.Settings) -> list[dict]:
@@ -931,10 +929,10 @@ def draw_rows(c: synth.Settings) -> list[dict]:
     for suite, (draw, kinds, count) in suites.items():
         rng = random.Random(f"{c.seed} bench {suite}")
         tasks = draw_tasks(draw, kinds, count, rng)
-        for n, task in enumerate(rng.sample(tasks, count)):           # or a kind would always meet the same accents
-            if suite == "open":
-                task |= decompose(task)
-            rows += standard_rows(task, suite, n, c, rng)
+        for n, task in enumerate(rng.sample(tasks, count)):      # or a kind would always meet the same accents
+            task |= {"suite": suite, "item": f"{suite}-{n:04d}", "lang": c.synth.lang, "reference": task["answer"]}
+            task |= decompose(task) if suite == "open" else {"decomposed_questions": []}
+            rows += [row_of(task, "standard"), row_of(task, "standard", voice=unheard_voice(c.synth, rng))]
             if suite == "closed":
                 rows += condition_rows(task, n, c, rng)
     return rows
@@ -942,7 +940,7 @@ def draw_rows(c: synth.Settings) -> list[dict]:
 
 def draw_tasks(draw: Callable, kinds: list[str], count: int, rng: random.Random) -> list[dict]:
     """Draw `count` different test instructions, the kinds in turn. UserError where the world has fewer."""
-    tasks: dict[str, dict] = {}
+    tasks = {}
     vain = 0
     while len(tasks) < count and vain < 1000:
         before = len(tasks)
@@ -950,8 +948,8 @@ def draw_tasks(draw: Callable, kinds: list[str], count: int, rng: random.Random)
         tasks.setdefault(" ".join(words_of(task["prompt"])), task)
         vain = vain + 1 if len(tasks) == before else 0
     if len(tasks) < count:
-        raise UserError(f"The tiny world does not have {count} different test prompts of one suite; lower bench.rows, "
-                        "bench.adjustment_rows or bench.open_rows.")
+        raise UserError(f"The tiny world does not have {count} different test prompts of one suite; lower "
+                        "bench.rows, bench.adjustment_rows or bench.open_rows.")
     return list(tasks.values())
 
 
@@ -965,64 +963,44 @@ def decompose(task: dict) -> dict:
                  (f"Are all of them {group}?", "tiny:group", {"group": group}),
                  ("Are they all different?", "tiny:different", {"group": group})]
     else:
-        asked = [(f"Are at least two facts about the {arguments['about']} told?", "tiny:two_facts", arguments),
-                 (f"Is all of it true of the {arguments['about']}?", "tiny:true", arguments)]
+        about = arguments["about"]
+        asked = [(f"Are at least two facts about the {about} told?", "tiny:two_facts", arguments),
+                 (f"Is all of it true of the {about}?", "tiny:true", arguments)]
     if task["how"]:
-        asked.append((f"Is it answered as asked: {task['how']}?", task["instruction_id_list"][0], task["kwargs"][0]))
-    questions, ids, kwargs = map(list, zip(*asked))
-    return {"decomposed_questions": questions, "decomposed_checks": {"instruction_id_list": ids, "kwargs": kwargs}}
+        question = f"Is it answered as asked: {task['how']}?"
+        asked.append((question, task["instruction_id_list"][0], task["kwargs"][0]))
+    questions, names, kwargs = map(list, zip(*asked))
+    return {"decomposed_questions": questions,
+            "decomposed_checks": {"instruction_id_list": names, "kwargs": kwargs}}
 
 
-def row_of(task: dict, condition: str, voice: dict | None = None, **extra: object) -> dict:
-    """One row of prompts.jsonl; typed if it has no voice."""
-    key = f"{task['item']}-{condition.replace(' ', '-')}-{'spoken' if voice else 'typed'}"
-    row = {
-        "key": key,
-        "suite": task["suite"],
-        "condition": condition,
-        "lang": task["lang"],
-        "prompt": task["prompt"],
-        "audio_path": f"audio/{key}.flac" if voice else None,
-        "instruction_id_list": task["instruction_id_list"],
-        "kwargs": task["kwargs"],
-        "decomposed_questions": task.get("decomposed_questions", []),
-        "reference": task["answer"],
-        "item": task["item"],
-        "kind": task["kind"],
-        "constraint": task["constraint"],
-    }
-    for name in ("withdrawn", "decomposed_checks"):
-        if name in task:
-            row[name] = task[name]
-    if voice:
-        row["voice"] = voice
-    return row | extra
-
-
-def standard_rows(task: dict, c: synth.Settings, rng: random.Random) -> list[dict]:
-    return [row_of(task, "standard"), row_of(task, "standard", test_voice(c.synth, rng))]
+def row_of(task: dict, condition: str, **spoken: object) -> dict:
+    """One row of prompts.jsonl; typed without `voice`."""
+    key = f"{task['item']}-{condition.replace(' ', '-')}-{'spoken' if spoken else 'typed'}"
+    fields = task | {"key": key, "condition": condition, "audio_path": f"audio/{key}.flac" if spoken else None}
+    fields |= spoken
+    return {name: fields[name] for name in FIELDS if name in fields}
 
 
 def condition_rows(task: dict, n: int, c: synth.Settings, rng: random.Random) -> list[dict]:
-    """The n-th closed-ended task under the four conditions beside standard; noises, accents and styles in turn."""
+    """The n-th closed-ended task under the conditions beside standard; noises, accents and styles in turn."""
     kinds = noises(c.bench.noise)
-    noise = kinds[n % len(kinds)]
-    snr = c.bench.snr[n // len(kinds) % len(c.bench.snr)]
+    noise = {"kind": kinds[n % len(kinds)], "snr": c.bench.snr[n // len(kinds) % len(c.bench.snr)]}
+    noise_name = f"{Path(noise['kind']).stem} {noise['snr']:g} dB"
     accent = c.bench.accents[n % len(c.bench.accents)]
     style = list(STYLES)[n % len(STYLES)]
-    abroad = test_voice(synth.Settings(c.synth | {"accents": [accent]}), rng)
+    abroad = unheard_voice(synth.Settings(c.synth | {"accents": [accent]}), rng)
     disfluent = task | {"prompt": synth.disfluent(task["prompt"], rng)}
     return [
-        row_of(task, "background noise", test_voice(c.synth, rng), noise={"kind": noise, "snr": snr},
-               variant=f"{Path(noise).stem} {snr:g} dB"),
-        row_of(task, "accent", abroad, variant=accent),
-        row_of(task, "paralinguistic", style_voice(style, c.synth, rng), variant=style),
-        row_of(disfluent, "disfluency", test_voice(c.synth, rng)),
+        row_of(task, "background noise", voice=unheard_voice(c.synth, rng), noise=noise, variant=noise_name),
+        row_of(task, "accent", voice=abroad, variant=accent),
+        row_of(task, "paralinguistic", voice=style_voice(style, c.synth, rng), variant=style),
+        row_of(disfluent, "disfluency", voice=unheard_voice(c.synth, rng)),
         row_of(disfluent, "disfluency"),
     ]
 
 
-def test_voice(s: synth.Settings, rng: random.Random) -> dict:
+def unheard_voice(s: synth.Settings, rng: random.Random) -> dict:
     """A voice of a timbre that training never hears; s: the section synth."""
     return synth.draw_voice(rng, synth.candidates("test", s), s)
 
@@ -1035,25 +1013,30 @@ def style_voice(style: str, s: synth.Settings, rng: random.Random) -> dict:
 
 
 def floor_rows(rows: list[dict]) -> list[dict]:
-    """For every prompt of the standard condition: one row that is asked by silence, one answered by the training data.
+    """For every prompt of the standard condition one row asked by silence, and one that the training data answers.
 
     Silence is as long as the spoken prompt, rounded up to quarters of a second, so that few lengths are asked.
     """
-    silent, nearest = [], []
+    silent = []
+    nearest = []
     for row in rows:
         if row["condition"] == "standard" and row["audio_path"]:
-            row = row | {"audio_path": None, "voice": None}
-            seconds = math.ceil(row["seconds"] * 4) / 4
-            silent.append(row | {"key": f"{row['item']}-silence", "condition": SILENCE, "seconds": seconds})
-            nearest.append(row | {"key": f"{row['item']}-nearest", "condition": NEAREST})
+            floor = row | {"audio_path": None, "voice": None}
+            silence = {"key": f"{row['item']}-silence", "condition": SILENCE,
+                       "seconds": math.ceil(row["seconds"] * 4) / 4}
+            silent.append(floor | silence)
+            nearest.append(floor | {"key": f"{row['item']}-nearest", "condition": NEAREST})
     return silent + nearest
 
 
 def transcription_rows(rows: list[dict]) -> list[dict]:
     """Every closed-ended clip once more, to be written down: what the model hears, apart from what it obeys."""
-    clips = [row for row in rows if row["suite"] == "closed" and row["audio_path"]]
-    return [row | {"key": f"{row['key']}-transcription", "suite": "transcription", "reference": row["prompt"],
-                   "instruction_id_list": [], "kwargs": []} for row in clips]
+    transcriptions = []
+    for row in rows:
+        if row["suite"] == "closed" and row["audio_path"]:
+            change = {"key": f"{row['key']}-transcription", "suite": "transcription", "reference": row["prompt"]}
+            transcriptions.append(row | change | {"instruction_id_list": [], "kwargs": []})
+    return transcriptions
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1072,11 +1055,11 @@ def make_prompts(c: synth.Settings, folder: Path) -> list[dict]:
         return read_rows(path)
     rows = draw_rows(c)
     spoken = [row for row in rows if row["audio_path"]]
-    spoken.sort(key=lambda row: row["condition"] != "standard")       # whose clips are the others' babble
+    spoken.sort(key=lambda row: row["condition"] != "standard")  # their clips are the others' babble
     (folder / "audio").mkdir(parents=True, exist_ok=True)
-    fresh_process = multiprocessing.get_context("forkserver")
-    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=fresh_process) as pool:
-        seconds = pool.submit(speak, c, spoken, folder).result()
+    context = multiprocessing.get_context("forkserver")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
+        seconds = process.submit(speak, c, spoken, folder).result()
     for row, length in zip(spoken, seconds):
         row |= {"seconds": length, "voice": row["voice"]["id"]}
     rows += floor_rows(rows) + transcription_rows(rows)
@@ -1088,7 +1071,7 @@ def speak(c: synth.Settings, rows: list[dict], folder: Path) -> list[float]:
     """Speak the rows in order, add their noise, write folder/<audio_path>; return the clips' seconds."""
     torch.set_num_threads(1)
     engine = synth.load_engine("espeak")
-    clean: dict[str, np.ndarray] = {}  # item -> its clip under the standard condition
+    clean = {}                         # item -> its clip under the standard condition
     seconds = []
     for start in range(0, len(rows), synth.CLIPS_AT_ONCE):
         batch = rows[start:start + synth.CLIPS_AT_ONCE]
@@ -1102,15 +1085,16 @@ def speak(c: synth.Settings, rows: list[dict], folder: Path) -> list[float]:
                 rng = np.random.default_rng([c.seed, len(seconds)])
                 others = [clip for item, clip in clean.items() if item != row["item"]]
                 noise = noise_of(row["noise"]["kind"], len(waveform), others, rng)
-                waveform = add_noise(waveform, noise, row["noise"]["snr"])
+                waveform = mix(waveform, noise, row["noise"]["snr"])
             write_clip(folder / row["audio_path"], waveform)
             seconds.append(round(len(waveform) / RATE, 3))
     return seconds
 
 
-def add_noise(waveform: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
-    """(samples,) speech and noise mixed at `snr` dB, never beyond full scale."""
-    mixed = torchaudio.functional.add_noise(torch.from_numpy(waveform), torch.from_numpy(noise), torch.tensor(snr))
+def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
+    """(samples,) of both, with `snr` dB between them, never beyond full scale."""
+    speech, noise = map(torch.from_numpy, (speech, noise))
+    mixed = torchaudio.functional.add_noise(speech, noise, torch.tensor(snr))
     return (mixed / max(1.0, float(mixed.abs().max()))).numpy()
 
 
@@ -1118,12 +1102,12 @@ def write_clip(path: Path, waveform: np.ndarray) -> None:
     try:
         path.write_bytes(synth.flac_bytes(synth.to_int16(waveform)))
     except OSError as error:
-        raise UserError(f"{path.parent} could not be written ({error.strerror}); make room, then start again.") from None
+        raise UserError(f"{path.parent} could not be written ({error.strerror}); make room, then start "
+                        "again.") from None
 
 
-def read_clip(folder: Path, row: dict) -> np.ndarray:
+def read_clip(path: Path) -> np.ndarray:
     """A prompt's clip: (samples,) float32 at 16 kHz."""
-    path = folder / row["audio_path"]
     try:
         return synth.decode_flac(path.read_bytes())
     except (OSError, soundfile.SoundFileError):
@@ -1137,32 +1121,28 @@ def noises(folder: str | None) -> list[str]:
         return ["babble", "pink", "white"]
     found = [str(path) for path in Path(folder).glob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg")]
     if not found:
-        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of recordings, or null.")
+        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of recordings, or "
+                        "null.")
     return sorted(found)
 
 
 def noise_of(kind: str, samples: int, clips: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """(samples,) float32 noise: white, pink (power falls as 1/f), babble (other prompts' clips), or a recording."""
-    if kind == "babble":
-        return babble(samples, clips, rng)
+    """(samples,) float32: white, pink (power falls as 1/f), babble (other prompts' clips), or a recording."""
     if kind == "white":
         return rng.standard_normal(samples).astype(np.float32)
     if kind == "pink":
         spectrum = np.fft.rfft(rng.standard_normal(samples))
         spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
         return np.fft.irfft(spectrum, samples).astype(np.float32)
+    if kind == "babble":
+        total = np.zeros(samples, np.float32)
+        for i in rng.choice(len(clips), BABBLE_VOICES):
+            loudness = np.sqrt(np.mean(clips[i] ** 2))
+            total += np.roll(np.resize(clips[i] / loudness, samples), rng.integers(samples))
+        return total
     recording = read_recording(kind)
     repeated = np.resize(recording, max(samples, len(recording)))
     return np.roll(repeated, rng.integers(len(recording)))[:samples]
-
-
-def babble(samples: int, clips: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """(samples,) Some of the clips at once, equally loud, each from a random point on."""
-    total = np.zeros(samples, np.float32)
-    for i in rng.choice(len(clips), BABBLE_VOICES):
-        clip = clips[i] / np.sqrt(np.mean(clips[i] ** 2))
-        total += np.roll(np.resize(clip, samples), rng.integers(samples))
-    return total
 
 
 @functools.cache
@@ -1228,41 +1208,41 @@ def batches(rows: list[dict], size: int) -> Iterator[list[dict]]:
             yield group[start:start + size]
 
 
-def answered_row(row: dict, text: str, truncated: bool) -> dict:
+def model_answers(c: synth.Settings, folder: Path, rows: list[dict], model: torch.nn.Module,
+                  tokenizer: object) -> list[dict]:
+    """Rows of one way of asking, with the model's answers."""
+    limits = {"max_tokens": c.bench.max_tokens, "batch": c.bench.batch}
+    if rows[0]["suite"] == "transcription":
+        clips = [read_clip(folder / row["audio_path"]) for row in rows]
+        answers = [(text, False) for text in inserter.transcribe(model, tokenizer, clips, **limits)]
+    elif rows[0]["condition"] == SILENCE:                        # every length is asked once
+        lengths = sorted({row["seconds"] for row in rows})
+        silences = [np.zeros(round(seconds * RATE), np.float32) for seconds in lengths]
+        answer_of = dict(zip(lengths, inserter.answer(model, tokenizer, silences, **limits)))
+        answers = [answer_of[row["seconds"]] for row in rows]
+    else:
+        spoken = mode(rows[0]) == "spoken"
+        questions = [read_clip(folder / row["audio_path"]) if spoken else row["prompt"] for row in rows]
+        answers = inserter.answer(model, tokenizer, questions, **limits)
+    decoding = {"decoding": {"method": "greedy", "max_tokens": c.bench.max_tokens}}
+    return [with_answer(row | decoding, *answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def nearest_answers(rows: list[dict], turns: list[tuple[str, str]]) -> list[dict]:
+    """Rows with the training data's answers; turns: (question, answer) each."""
+    nearest = nearest_prompts([row["prompt"] for row in rows], [question for question, _ in turns])
+    answered = []
+    for row, i in zip(rows, nearest):
+        question, answer = turns[i]
+        answered.append(with_answer(row | {"nearest": question}, answer, truncated=False))
+    return answered
+
+
+def with_answer(row: dict, text: str, truncated: bool) -> dict:
     row = row | {"response": text, "truncated": truncated}
     if row["suite"] == "open":
         row["pred_score"] = follows(text, row["decomposed_checks"])
     return row
-
-
-def model_answers(c: synth.Settings, folder: Path, batch: list[dict], model: torch.nn.Module,
-                  tokenizer: object) -> list[dict]:
-    """Rows of one way of asking with the model's `response` and whether it is `truncated`."""
-    first = batch[0]
-    limits = {"max_tokens": c.bench.max_tokens, "batch": c.bench.batch}
-    if first["suite"] == "transcription":
-        clips = [read_clip(folder, row) for row in batch]
-        answers = [(text, False) for text in inserter.transcribe(model, tokenizer, clips, **limits)]
-    elif first["condition"] == SILENCE:                               # every length is asked once
-        lengths = sorted({row["seconds"] for row in batch})
-        silences = [np.zeros(round(seconds * RATE), np.float32) for seconds in lengths]
-        answer_of = dict(zip(lengths, inserter.answer(model, tokenizer, silences, **limits)))
-        answers = [answer_of[row["seconds"]] for row in batch]
-    else:
-        questions = [read_clip(folder, row) if row["audio_path"] else row["prompt"] for row in batch]
-        answers = inserter.answer(model, tokenizer, questions, **limits)
-    decoding = {"decoding": {"method": "greedy", "max_tokens": c.bench.max_tokens}}
-    return [answered_row(row | decoding, *answer) for row, answer in zip(batch, answers, strict=True)]
-
-
-def nearest_answers(batch: list[dict], turns: list[tuple[str, str]]) -> list[dict]:
-    """Rows with the training data's answer to the `nearest` of its questions; turns: (question, answer) each."""
-    nearest = nearest_prompts([row["prompt"] for row in batch], [question for question, _ in turns])
-    answered = []
-    for row, i in zip(batch, nearest):
-        question, answer = turns[i]
-        answered.append(answered_row(row | {"nearest": question}, answer, truncated=False))
-    return answered
 
 
 def training_turns(c: synth.Settings) -> list[tuple[str, str]]:
@@ -1278,15 +1258,15 @@ def training_turns(c: synth.Settings) -> list[tuple[str, str]]:
 
 
 def nearest_prompts(prompts: list[str], questions: list[str]) -> list[int]:
-    """For each prompt the index of the nearest question: the one with which it shares most words, counted against the
-    longer of the two; of equals the one with the smallest word edit distance, and of these the first.
+    """For each prompt the index of the nearest question: the one with which it shares most words, counted against
+    the longer of the two; of equals the one with the smallest word edit distance, and of these the first.
 
-    >>> nearest_prompts(["What colour is the sun?"], ["count to two", "the sun what colour is", "what colour is the sun"])
-    [2]
+    >>> nearest_prompts(["what colour is the sun"], ["count to two", "the sun what colour is", "what colour is it"])
+    [1]
     """
-    words = sorted(set(words_of(" ".join([*questions, *prompts]))))
+    words = set(words_of(" ".join([*questions, *prompts])))
     ids = {word: i for i, word in enumerate(words)}
-    counts = np.zeros((len(questions), len(words)), np.int16)         # (questions, words)
+    counts = np.zeros((len(questions), len(words)), np.int16)    # (questions, words)
     for i, question in enumerate(questions):
         for word in words_of(question):
             counts[i, ids[word]] += 1
@@ -1294,7 +1274,7 @@ def nearest_prompts(prompts: list[str], questions: list[str]) -> list[int]:
     found = []
     for prompt in map(words_of, prompts):
         common = sum(np.minimum(counts[:, ids[word]], n) for word, n in collections.Counter(prompt).items())
-        differ = np.maximum(lengths, len(prompt)) - common            # (questions,)
+        differ = np.maximum(lengths, len(prompt)) - common       # (questions,)
         nearest = np.flatnonzero(differ == differ.min())
         distances = [torchaudio.functional.edit_distance(prompt, words_of(questions[i])) for i in nearest]
         found.append(int(nearest[np.argmin(distances)]))
@@ -1304,13 +1284,17 @@ def nearest_prompts(prompts: list[str], questions: list[str]) -> list[int]:
 # --------------------------------------------------------------------------------------------------
 # 7. Table and page
 #
-# The same figures in three forms: aligned columns for the terminal, and for the tiny suite one page with a chart,
-# tables, and rows to listen to. The page is the template PAGE at the end of this file; here stands what it shows,
-# as plain lists and dicts.
+# The same figures in aligned columns for the terminal, and for the tiny suite on one page with a chart, tables,
+# and rows to listen to. The page is the template PAGE at the end of this file; here stands what it shows, as
+# plain lists and dicts.
 # --------------------------------------------------------------------------------------------------
 
 def percent(figure: dict | None, metric: str) -> str:
-    """61.3 [55.9, 66.6] of {"strict-prompt": 0.613, "interval": …}."""
+    """A figure with its interval.
+
+    >>> percent({"WER": 0.613, "interval": {"WER": [0.559, 0.666]}}, "WER")
+    '61.3 [56, 67]'
+    """
     if not figure or figure[metric] is None:
         return "-"
     low, high = figure["interval"][metric]
@@ -1323,7 +1307,7 @@ def points(value: float | None) -> str:
 
 def print_aligned(rows: list[list[str]], left: int) -> None:
     """Rows of cells in columns, the first `left` of them flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row[:left], widths)]
         cells += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:])]
@@ -1335,14 +1319,13 @@ def print_scores(paths: list[Path], results: list[dict]) -> None:
     for path, found in zip(paths, results):
         notes = [f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)]
         print(", ".join(notes), f"\n{path}.results.json and {path}.scored.jsonl are written.")
-    titles = [path.name for path in paths]
-    columns = list(results)
+    shown = {path.name: found for path, found in zip(paths, results)}
+    table = [["percent", *(path.name for path in paths)]]
     if "difference" in results[0]:
-        titles.append("difference")
-        columns.append(results[0]["difference"])
-    table = [["percent", *titles]]
-    for metric in results[0]["count"] | results[-1]["count"]:
-        table.append([metric, *(percent({metric: None} | found, metric) for found in columns)])
+        table[0].append("difference")
+        results = [*results, results[0]["difference"]]
+    for metric in results[0]["count"] | results[-1].get("count", {}):
+        table.append([metric, *(percent({metric: None} | found, metric) for found in results)])
     print_aligned(table, left=1)
 
 
@@ -1355,31 +1338,28 @@ def print_published(suite: str) -> None:
     table = [["", "", *header.split("\t")[columns]]]
     for line in systems:
         cells = line.split("\t")
-        table.append([*cells[:2], *cells[columns]])
+        table.append(cells[:2] + cells[columns])
     print(f"Published, P for prompt-level, I for instruction-level; source: {source.removeprefix('# ')}")
     print_aligned(table, left=2)
 
 
-def conditions_of(results: dict, suite: str) -> dict[str, dict]:
-    """A suite's conditions without the floors, each with its modes and gap."""
-    return {condition: cell for condition, cell in results.get(suite, {}).items() if condition not in FLOORS}
-
-
-def typed_of(results: dict, suite: str, condition: str) -> dict | None:
-    """What a condition's spoken figures are held against: its own typed ones, or those of "standard"."""
+def conditions_of(results: dict, suite: str) -> Iterator[tuple[str, dict | None, dict | None, dict]]:
+    """A suite's conditions without the floors: name, typed figures (or those of "standard"), spoken ones, gap."""
     conditions = results.get(suite, {})
-    return conditions[condition].get("typed") or conditions.get("standard", {}).get("typed")
+    standard = conditions.get("standard", {})
+    for condition, cell in conditions.items():
+        if condition not in FLOORS:
+            typed = cell.get("typed") or standard.get("typed")
+            yield condition, typed, cell.get("spoken"), cell.get("gap", {})
 
 
 def table_rows(results: dict) -> Iterator[list[str]]:
     """The result table as text cells, one row for each condition and figure of each suite."""
     for suite, metrics in SHOWN.items():
-        for condition, cell in conditions_of(results, suite).items():
-            typed = typed_of(results, suite, condition)
-            spoken = cell.get("spoken")
+        for condition, typed, spoken, gaps in conditions_of(results, suite):
             shown = spoken or typed
             for metric in metrics:
-                gap = cell.get("gap", {}).get(metric, {})
+                gap = gaps.get(metric, {})
                 interval = gap.get("interval") or [None]
                 floors = [floor[metric] for floor in shown.get("floors", {}).values()] or [None] * 3
                 yield [condition if suite == "closed" else f"{suite}: {condition}", metric, str(shown["count"]),
@@ -1390,123 +1370,107 @@ def table_rows(results: dict) -> Iterator[list[str]]:
 def print_table(results: dict) -> None:
     print(results["warning"])
     print_aligned([list(COLUMNS), *table_rows(results)], left=2)
-    print(f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing. Floors: these "
-          "answers against other prompts' instructions; the model fed silence; the answer of the nearest training prompt.")
+    print(f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing. Floors: "
+          "these answers against other prompts' instructions; the model fed silence; the answer of the nearest "
+          "training prompt.")
 
 
 def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: dict) -> Path:
     """Write report.html, one page that needs no other file."""
     gap = results["closed"]["standard"]["gap"]["strict-prompt"]["difference"]
-    headlines = [("gap", f"{points(gap)} points")]
+    figures = {"gap": f"{points(gap)} points"}
     for suite, how, metric in HEADLINES:
-        figure = results[suite]["standard"][how]
-        headlines.append((f"{suite}, {how}: {metric}", percent(figure, metric)))
-    page = jinja2.Environment(autoescape=True).from_string(PAGE)
-    html = page.render(
+        figures[f"{suite}, {how}: {metric}"] = percent(results[suite]["standard"][how], metric)
+    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         title=f"Benchmark of the run {c.run}",
         results=results,
-        headlines=headlines,
-        chart=chart(results),
+        decoding=json.dumps(results["decoding"]),
+        figures=figures,
+        bars=bars(results),
         table=[COLUMNS, *table_rows(results)],
         breakdowns={field: breakdown(results, field) for field in ("kind", "constraint", "variant")},
-        groups=choose_cards(scored, folder),
-        decoding=json.dumps(results["decoding"]),
+        groups=page_rows(scored, folder),
     )
-    synth.write_whole(folder / "report.html", html.encode())
+    synth.write_whole(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
-def chart(results: dict) -> dict[str, list[dict]]:
-    """Closed-ended conditions as bars, typed beside spoken, with 95 % intervals: coordinates of an SVG 770 x 330."""
-    def y(share: float) -> float:
-        return round(280 - 240 * share, 1)
-
-    conditions = conditions_of(results, "closed")
-    labels, bars = [], []
-    for i, (condition, cell) in enumerate(conditions.items()):
+def bars(results: dict) -> list[dict]:
+    """Closed-ended conditions, typed beside spoken: the chart's bars in its coordinates, whose y goes downwards
+    from 40 (100 %) to 280 (0 %)."""
+    conditions = list(conditions_of(results, "closed"))
+    found = []
+    for i, (condition, typed, spoken, _) in enumerate(conditions):
         centre = round(50 + 700 / len(conditions) * (i + 0.5))
-        labels.append({"x": centre, "text": condition})
-        typed = typed_of(results, "closed", condition)
-        for how, x, figure in (("typed", centre - 17, typed), ("spoken", centre + 17, cell.get("spoken"))):
+        for how, x, figure in (("typed", centre - 17, typed), ("spoken", centre + 17, spoken)):
             if figure:
-                share = figure["strict-prompt"]
-                low, high = figure["interval"]["strict-prompt"]
-                bars.append({"how": how, "x": x, "top": y(share), "low": y(low), "high": y(high),
-                             "percent": f"{100 * share:.0f}"})
-    grid = [{"y": y(percents / 100), "text": percents} for percents in range(0, 101, 20)]
-    return {"grid": grid, "bars": bars, "labels": labels}
+                shares = [figure["strict-prompt"], *figure["interval"]["strict-prompt"]]
+                top, low, high = (round(280 - 240 * share, 1) for share in shares)
+                found.append({"condition": condition, "centre": centre, "how": how, "x": x, "top": top, "low": low,
+                              "high": high, "percent": f"{100 * shares[0]:.0f}"})
+    return found
 
 
 def breakdown(results: dict, field: str) -> list[list[str]]:
-    """The closed-ended rows' strict prompt-level accuracy by kind, constraint or variant: a table with a header, one
-    column for each condition and mode."""
+    """Strict prompt-level accuracy of the closed-ended rows by kind, constraint or variant: a table with a header,
+    one column for each condition and mode."""
     columns = {}
     for condition, cell in results.get("closed", {}).items():
         for how in ("typed", "spoken", "floor"):
             found = cell.get(how, {}).get(f"by {field}")
             if found:
                 columns[condition if how == "floor" else f"{condition}, {how}"] = found
-    names = sorted({name for found in columns.values() for name in found})
     table = [[field, *columns]]
-    for name in names:
+    for name in sorted(set().union(*columns.values())):
         table.append([name, *(percent(found.get(name), "strict-prompt") for found in columns.values())])
     return table
 
 
-def choose_cards(scored: list[dict], folder: Path) -> list[list[dict]]:
-    """The first n rows of every suite, condition and mode, as many as PAGE_BYTES of audio allow, as cards."""
-    groups, heard = collections.defaultdict(list), {}
+def page_rows(scored: list[dict], folder: Path) -> list[list[dict]]:
+    """The first n rows of every suite, condition and mode, as many as PAGE_BYTES of audio allow."""
+    groups = collections.defaultdict(list)
+    heard = {}
     for row in scored:
         if row["suite"] == "transcription":
             heard[row["audio_path"]] = row["response"]
         else:
             groups[way(row)].append(row)
-    chosen = {key: [] for key in groups}
     size = 0
+    shown = []
     for nth in itertools.zip_longest(*groups.values()):
         if size >= PAGE_BYTES:
             break
-        for key, row in zip(groups, nth):
-            if row:
-                audio = ""
-                if row["audio_path"]:
-                    audio = base64.b64encode((folder / row["audio_path"]).read_bytes()).decode()
-                chosen[key].append(card_of(row, audio, heard.get(row["audio_path"])))
-                size += len(audio)
-    return list(chosen.values())
+        shown.append([page_row(row, folder, heard) if row else None for row in nth])
+        size += sum(len(row["audio"]) for row in shown[-1] if row)
+    return list(zip(*shown))
 
 
-def card_of(row: dict, audio: str, heard: str | None) -> dict:
-    """One row for the page: what is asked and heard, what should and does come, and the verdict of every instruction."""
+def page_row(row: dict, folder: Path, heard: dict[str, str]) -> dict:
+    """A row with what the page shows beside its fields; `judged`: a text for each verdict, and the verdict."""
+    judged = []
     if row["suite"] == "open":
         judged = list(zip(row["decomposed_questions"], row["pred_score"]))
     else:
-        judged = []
         for name, arguments, followed in zip(row["instruction_id_list"], row["kwargs"], row["strict"]):
             words = [name, *(f"{key}: {value}" for key, value in arguments.items())]
             judged.append((" ".join(words), followed))
-    notes = [row["key"], row["condition"], mode(row)]
-    notes += [row[name] for name in ("variant", "voice") if row.get(name)]
-    if row.get("truncated"):
-        notes.append("truncated")
-    lines = {"heard as": heard, "nearest training prompt": row.get("nearest"), "answer": row["response"],
-             "reference": row["reference"]}
-    if all(row.get("withdrawn_strict", [False])):
-        lines["follows"] = "what the speaker took back"
-    return {"group": f"{row['suite']}: {row['condition']}, {mode(row)}", "prompt": row["prompt"], "audio": audio,
-            "notes": notes, "lines": lines, "judged": judged, "followed": all(followed for _, followed in judged)}
+    audio = ""
+    if row["audio_path"]:
+        audio = base64.b64encode((folder / row["audio_path"]).read_bytes()).decode()
+    return row | {"mode": mode(row), "audio": audio, "heard": heard.get(row["audio_path"]), "judged": judged,
+                  "followed": all(followed for _, followed in judged)}
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. How the official code reads a text: its sentences, words, capitals and language
+# 8. How the official code reads a text: sentences, words, capitals, language
 #
-# Counting words is the whole of some checks, so it is done as the official code does it. Its sentence model
-# (nltk's) is a download: where it is missing a rule stands in, which gives the same verdicts on nearly all answers.
+# Counting is the whole of some checks, so it is done as the official code does it. Its sentence model, nltk's, is
+# a download: where it is missing a rule stands in, which seldom counts otherwise.
 # --------------------------------------------------------------------------------------------------
 
 @functools.cache
 def punkt() -> ModuleType | None:
-    """The package nltk where it stands with its English sentence model, which the official code uses; else None."""
+    """The package nltk where it stands with its English sentence model, else None."""
     try:
         import nltk                    # here: only scoring needs it, and only if it is installed
         return nltk if nltk.sent_tokenize(".") else None
@@ -1554,7 +1518,7 @@ def capital_words(text: str) -> int:
     if punkt():
         words = punkt().word_tokenize(text)
     else:
-        words = TREEBANK_SPLIT.split(CONTRACTION.sub(" ", text))
+        words = WORD_GAP.split(CONTRACTION.sub(" ", text))
     return sum(word.isupper() for word in words)
 
 
@@ -1572,29 +1536,27 @@ def language_of(text: str) -> str | None:
 # --------------------------------------------------------------------------------------------------
 # 9. The command line
 #
-# `score=` scores files, nothing else does: a benchmark continues where it was interrupted, and refuses to go
-# on in a folder that other settings or another model have begun.
+# A benchmark continues where it was interrupted, and refuses to go on in a folder that other settings or
+# another model have begun; `score=` reads files of rows and writes its results beside them.
 # --------------------------------------------------------------------------------------------------
 
 def score_files(c: synth.Settings) -> None:
     """`score=A.jsonl[,B.jsonl]`: the figures of one system, or of two and their difference (in A's).
 
-    Writes FILE.jsonl.scored.jsonl and FILE.jsonl.results.json of each, after all is scored.
+    Writes FILE.jsonl.scored.jsonl and FILE.jsonl.results.json, after all is scored.
     """
     paths = [Path(c.score)]
-    if c.suite != "tiny" and not paths[0].is_file():
-        paths = [Path(name) for name in c.score.split(",")]
-    if c.suite != "tiny" and (len(paths) > 2 or c.bench.bootstrap < 100):
-        raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is at least 100.")
+    if c.suite != "tiny":
+        if not paths[0].is_file():
+            paths = [Path(name) for name in c.score.split(",")]
+        if len(paths) > 2 or c.bench.bootstrap < 100:
+            raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is at "
+                            "least 100.")
     systems = [read_rows(path, c.suite) for path in paths]
-    scored, results = [], []
-    for rows in systems:
-        rows, found = score_rows(rows, c.suite, c.official, c.bench.bootstrap)
-        scored.append(rows)
-        results.append(found)
+    scored, results = zip(*(score_rows(rows, c.suite, c.official, c.bench.bootstrap) for rows in systems))
     if len(paths) == 2:
         results[0]["difference"] = differences(paths, scored, c.suite, c.bench.bootstrap)
-    for path, rows, found in reversed(list(zip(paths, scored, results))):          # the first holds the difference
+    for path, rows, found in list(zip(paths, scored, results))[::-1]:         # the first holds the difference
         synth.write_whole(path.with_name(path.name + ".scored.jsonl"), jsonl(rows))
         synth.write_whole(path.with_name(path.name + ".results.json"), json.dumps(found, indent=1).encode())
     if c.suite == "tiny":
@@ -1602,6 +1564,8 @@ def score_files(c: synth.Settings) -> None:
         print(f"{c.score}.results.json and {c.score}.scored.jsonl are written.")
     else:
         print_scores(paths, results)
+    if c.published:
+        print_published(c.suite)
 
 
 def benchmark(c: synth.Settings) -> None:
@@ -1619,19 +1583,19 @@ def begin(c: synth.Settings) -> Path:
     model = Path("runs") / c.run / "model"
     folder = Path("runs") / c.run / "bench"
     if not (model / "config.json").is_file():
-        raise UserError(f"There is no model in {model}; train it with torchrun inserter.py run={c.run}, or name another.")
+        raise UserError(f"There is no model in {model}; train it with torchrun inserter.py run={c.run}, or name "
+                        "another.")
     check_settings(c)
     if c.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     digest = hashlib.sha256()
-    for path in sorted(path for path in model.iterdir() if path.is_file()):
-        digest.update(path.read_bytes())
-    settings = {
-        "bench": {key: value for key, value in c.bench.items() if key not in ("batch", "bootstrap")},
-        "seed": c.seed,
-        "synth": {key: value for key, value in c.synth.items() if key in VOICE_KEYS},
-        "model": digest.hexdigest(),
-    }
+    for path in sorted(model.iterdir()):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    settings = {"bench": {key: value for key, value in c.bench.items() if key not in ("batch", "bootstrap")},
+                "seed": c.seed,
+                "synth": {key: value for key, value in c.synth.items() if key in VOICE_KEYS},
+                "model": digest.hexdigest()}
     remedy = "name another run with run=…, or benchmark anew with fresh=true"
     synth.same_settings(folder / "settings.json", settings, (), remedy)
     return folder
@@ -1652,15 +1616,14 @@ def main(arguments: list[str]) -> None:
     c = synth.load_config(arguments)
     if c.suite not in REQUIRED:
         raise UserError(f"There is no suite {c.suite!r}; valid ones are {', '.join(REQUIRED)}.")
-    official_suite = c.suite != "tiny"
-    if official_suite and c.score is None or not official_suite and (c.official or c.published):
-        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published need these suites.")
+    tiny = c.suite == "tiny"
+    if (not tiny and c.score is None) or (tiny and (c.official or c.published)):
+        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published need these "
+                        "suites.")
     if c.score is None:
         benchmark(c)
     else:
         score_files(c)
-        if c.published:
-            print_published(c.suite)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1670,7 +1633,11 @@ def main(arguments: list[str]) -> None:
 # condition, and the page.
 # --------------------------------------------------------------------------------------------------
 
-# What every row must have to be scored under suite=…, and what rows of the tiny suite need beside that.
+# The fields of prompts.jsonl that a prompt is made with, in their order
+FIELDS = """key suite condition lang prompt audio_path instruction_id_list kwargs decomposed_questions reference item kind
+    constraint withdrawn decomposed_checks voice noise variant""".split()
+
+# What every row must have to be scored under suite=…, and what a row of the tiny suite needs most, by its suite.
 CHECKED = {"prompt": str, "instruction_id_list": list, "kwargs": list}
 REQUIRED = {
     "tiny": {"suite": str, "condition": str} | CHECKED,
@@ -1679,18 +1646,18 @@ REQUIRED = {
     "adjustment": {"prompt": str},
 }
 NEEDED = {
-    "closed": {},
-    "adjustment": {"withdrawn": dict},
-    "open": {"decomposed_checks": dict},
-    "transcription": {"reference": str},
+    "closed": ("prompt", str),
+    "adjustment": ("withdrawn", dict),
+    "open": ("decomposed_checks", dict),
+    "transcription": ("reference", str),
 }
 TEXT_OR_NULL = dict.fromkeys(REQUIRED, ("response",))
 TEXT_OR_NULL["tiny"] = ("response", "audio_path", "item", "kind", "constraint", "variant")
 
-# The arguments of checks that are no text: lists of texts, and integers.
-LIST_ARGUMENTS = {"forbidden_words", "keywords", "words"}
-NUMBER_ARGUMENTS = set("""capital_frequency count frequency let_frequency nth_paragraph num_bullets num_highlights
-    num_paragraphs num_placeholders num_sections num_sentences num_words""".split())
+# The arguments of checks that are no text: lists of texts, and whole numbers.
+ARGUMENTS = dict.fromkeys(("forbidden_words", "keywords", "words"), list) | dict.fromkeys("""capital_frequency count
+    frequency let_frequency nth_paragraph num_bullets num_highlights num_paragraphs num_placeholders num_sections
+    num_sentences num_words""".split(), int)
 
 # The figures of suite=closed, and of the suites that a judge scores; the judge's questions about an adjustment row.
 METRICS = ("strict-prompt", "strict-instruction", "loose-prompt", "loose-instruction", "mean-prompt", "mean-instruction")
@@ -1726,8 +1693,8 @@ CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(
                          r"|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)")
 
 
-# Where the Penn Treebank cuts a text into words
-TREEBANK_SPLIT = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""")
+# What lies between words
+WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""")
 
 # What training never hears depends on these keys of the section synth: the voices.
 VOICE_KEYS = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")
@@ -1799,23 +1766,23 @@ audio { height: 2em; width: 19em; vertical-align: middle; margin-left: 1em } p b
 <p>Closed-ended prompts, standard condition, strict prompt-level accuracy in percent with 95 % intervals; then the spoken
 adjustment, open-ended and transcription figures. ECR and WER: lower is better.</p>
 <div class="figures">
-{%- for name, value in headlines %}<div><b>{{ value }}</b>{{ name }}</div>{% endfor -%}
+{%- for name, value in figures.items() %}<div><b>{{ value }}</b>{{ name }}</div>{% endfor -%}
 </div>
 <h2>Typed against spoken</h2>
 <svg viewBox="0 0 770 330" role="img" aria-label="{{ note }}">
 <rect x="50" y="4" width="14" height="14" class="typed"/><text x="70" y="16">typed</text>
 <rect x="160" y="4" width="14" height="14" class="spoken"/><text x="180" y="16">spoken</text>
-{%- for line in chart.grid %}
-<line x1="50" x2="760" y1="{{ line.y }}" y2="{{ line.y }}" class="grid"/>
-<text x="42" y="{{ line.y + 4 }}" text-anchor="end">{{ line.text }}</text>
+{%- for percent in range(0, 101, 20) %}
+<line x1="50" x2="760" y1="{{ 280 - 2.4 * percent }}" y2="{{ 280 - 2.4 * percent }}" class="grid"/>
+<text x="42" y="{{ 284 - 2.4 * percent }}" text-anchor="end">{{ percent }}</text>
 {%- endfor %}
-{%- for bar in chart.bars %}
+{%- for bar in bars %}
 <rect class="{{ bar.how }}" x="{{ bar.x - 15 }}" y="{{ bar.top }}" width="30" height="{{ 280 - bar.top }}"/>
 <path class="whisker" d="M{{ bar.x }} {{ bar.low }}V{{ bar.high }}m-4 0h8M{{ bar.x - 4 }} {{ bar.low }}h8"/>
 <text x="{{ bar.x }}" y="{{ bar.high - 5 }}" text-anchor="middle">{{ bar.percent }}</text>
 {%- endfor %}
-{%- for label in chart.labels %}
-<text x="{{ label.x }}" y="300" text-anchor="middle">{{ label.text }}</text>
+{%- for bar in bars | unique(attribute="condition") %}
+<text x="{{ bar.centre }}" y="300" text-anchor="middle">{{ bar.condition }}</text>
 {%- endfor %}
 <text x="50" y="324">{{ note }}</text></svg>
 <h2>All conditions</h2>
@@ -1831,20 +1798,25 @@ silence, and the answer of the nearest training prompt. {{ results.rows }} rows,
 <select id="condition"><option>all conditions</option></select> <select id="verdict"><option>all verdicts</option>
 <option>followed</option><option>not followed</option></select>
 <span id="count"></span></p>
-{%- for card in groups | sum(start=[]) %}
-<section data-condition="{{ card.group }}" data-verdict="{{ 'followed' if card.followed else 'not followed' }}">
-<small>{{ card.notes | join(" · ") }}</small>
-<p class="ask">{{ card.prompt }}
-  {%- if card.audio %}<audio controls preload="none" src="data:audio/flac;base64,{{ card.audio }}"></audio>{% endif %}</p>
-{%- for name, text in card.lines.items() if text is not none %}
+{%- for group in groups %}{% for row in group if row %}
+<section data-condition="{{ row.suite }}: {{ row.condition }}, {{ row.mode }}"
+         data-verdict="{{ 'followed' if row.followed else 'not followed' }}">
+<small>{{ [row.key, row.condition, row.mode, row.variant, row.voice, "truncated" if row.truncated] | select | join(" · ") }}</small>
+<p class="ask">{{ row.prompt }}
+{%- if row.audio %}<audio controls preload="none" src="data:audio/flac;base64,{{ row.audio }}"></audio>{% endif %}</p>
+{%- for name, text in [("heard as", row.heard), ("nearest training prompt", row.nearest), ("answer", row.response),
+                       ("reference", row.reference)] if text is defined and text is not none %}
 <p><b>{{ name }}</b> {{ text }}</p>
 {%- endfor %}
+{%- if row.withdrawn_strict and False not in row.withdrawn_strict %}
+<p><b>follows</b> what the speaker took back</p>
+{%- endif %}
 <p>
-  {%- for text, followed in card.judged -%}
-  <span class="{{ 'yes' if followed else 'no' }}">{{ '✓' if followed else '✗' }} {{ text }}</span>
-  {%- endfor %}</p>
+{%- for text, followed in row.judged -%}
+<span class="{{ 'yes' if followed else 'no' }}">{{ '✓' if followed else '✗' }} {{ text }}</span>
+{%- endfor %}</p>
 </section>
-{%- endfor %}
+{%- endfor %}{% endfor %}
 <script>
 const rows = [...document.querySelectorAll("section")], pick = id => document.getElementById(id);
 for (const name of new Set(rows.map(r => r.dataset.condition))) pick("condition").add(new Option(name));

@@ -55,10 +55,11 @@ COLOUR = "tiny:answer", {"kind": "colour", "words": ["yellow"]}
      ["The dog says woof.", "The baby of a dog is a puppy. The dog says woof. The dog eats hay."]),
 ])
 def test_check(name, kwargs, right, wrong):
+    checks = {"instruction_id_list": [name], "kwargs": [kwargs]}
     for response in right:
-        assert bench.follows(response, [name], [kwargs]) == [True], response
+        assert bench.follows(response, checks) == [True], response
     for response in wrong:
-        assert bench.follows(response, [name], [kwargs]) == [False], response
+        assert bench.follows(response, checks) == [False], response
 
 
 def test_every_check_is_tested_and_typed():
@@ -68,11 +69,13 @@ def test_every_check_is_tested_and_typed():
 
 
 def test_two_responses_must_both_be_right():
-    ids, kwargs = ["combination:two_responses", COLOUR[0]], [{}, COLOUR[1]]
-    assert bench.follows("Yellow.\n******\nIt is yellow.", ids, kwargs) == [True, True]
-    assert bench.follows("Yellow.\n******\nIt is red.", ids, kwargs) == [True, False]
-    assert bench.follows("Yellow. It is yellow.", ids, kwargs) == [False, False]
-    assert bench.follows("Yellow.******It is yellow.", ids[1:], kwargs[1:]) == [False]      # two were not asked for
+    name, kwargs = COLOUR
+    two = {"instruction_id_list": ["combination:two_responses", name], "kwargs": [{}, kwargs]}
+    one = {"instruction_id_list": [name], "kwargs": [kwargs]}
+    assert bench.follows("Yellow.\n******\nIt is yellow.", two) == [True, True]
+    assert bench.follows("Yellow.\n******\nIt is red.", two) == [True, False]
+    assert bench.follows("Yellow. It is yellow.", two) == [False, False]
+    assert bench.follows("Yellow.******It is yellow.", one) == [False]          # two were not asked for
 
 
 def test_loose_forgives_first_and_last_line_and_asterisks():
@@ -142,7 +145,7 @@ def test_the_floor_of_the_nearest_training_prompt_is_low(training):
     for suite, count in (("closed", 700), ("adjustment", 280), ("open", 100)):
         tasks = draw(suite, count, "nearest")
         nearest = bench.nearest_prompts([task["prompt"] for task in tasks], [question for question, _ in turns])
-        right = [all(bench.follows(turns[i][1], task["instruction_id_list"], task["kwargs"])) for i, task in zip(nearest, tasks)]
+        right = [all(bench.follows(turns[i][1], task)) for i, task in zip(nearest, tasks)]
         assert np.mean(right) <= 0.05, suite
 
 
@@ -235,11 +238,12 @@ def test_benchmark_from_prompts_to_page(folder, capsys):
     assert set(results["closed"]) == {*bench.CONDITIONS, *bench.FLOORS} and results["missing"] == 0
     assert results["decoding"] == [{"method": "greedy", "max_tokens": 48}]
     for condition in bench.CONDITIONS:
-        place = results["closed"][condition]
-        assert place["spoken"]["count"] == 18 and place["spoken"]["strict-prompt"] == round(14 / 18, 6)
-        assert place["spoken"]["truncated"] == 4 and place["gap"]["strict-prompt"]["difference"] == round(4 / 18, 6)
+        spoken = results["closed"][condition]["spoken"]
+        gap = results["closed"][condition]["gap"]
+        assert spoken["count"] == 18 and spoken["strict-prompt"] == round(14 / 18, 6)
+        assert spoken["truncated"] == 4 and gap["strict-prompt"]["difference"] == round(4 / 18, 6)
         assert results["transcription"][condition]["spoken"]["WER"] > 0      # one word too many each
-        assert max(figure["strict-prompt"] for figure in place["spoken"]["floors"].values()) <= 0.2
+        assert max(figure["strict-prompt"] for figure in spoken["floors"].values()) <= 0.2
     standard = results["closed"]["standard"]
     assert standard["typed"]["strict-prompt"] == 1.0 and sum(f["count"] for f in standard["typed"]["by kind"].values()) == 18
     assert results["adjustment"]["standard"]["typed"]["IAR"] == 1.0 > results["adjustment"]["standard"]["typed"]["ECR"]
@@ -262,10 +266,10 @@ def test_answers_of_others_and_missing_ones(folder):
     bench.main(SMALL)
     rows = bench.read_rows(folder / "answers.jsonl")
     closed = [row for row in rows if row["suite"] == "closed" and row["condition"] == "standard" and not row["audio_path"]]
-    _, before = bench.score_rows(closed, 100)
+    _, before = bench.score_rows(closed, "tiny", official=False, resamples=100)
     closed[0] = {k: v for k, v in closed[0].items() if k != "response"}
     closed[1] = closed[1] | {"response": None}
-    _, after = bench.score_rows(closed, 100)
+    _, after = bench.score_rows(closed, "tiny", official=False, resamples=100)
     assert before["closed"]["standard"]["typed"]["strict-prompt"] == 1.0
     assert after["closed"]["standard"]["typed"]["strict-prompt"] == round(16 / 18, 6) and after["missing"] == 2
 
@@ -274,9 +278,14 @@ def test_an_interrupted_benchmark_continues(folder, monkeypatch):
     bench.main(SMALL)
     whole, results = (folder / "answers.jsonl").read_bytes(), (folder / "results.json").read_bytes()
     asked = []
-    monkeypatch.setattr(bench.inserter, "answer", lambda *a: asked.extend(a[2]) or table_answers(*a))
-    for at in (0, 17, len(whole) // 3, len(whole) - 1):
-        (folder / "answers.jsonl").write_bytes(whole[:at])
+
+    def note_and_answer(model, tokenizer, questions, max_tokens, batch):
+        asked.extend(questions)
+        return table_answers(model, tokenizer, questions, max_tokens, batch)
+
+    monkeypatch.setattr(bench.inserter, "answer", note_and_answer)
+    for length in (0, 17, len(whole) // 3, len(whole) - 1):
+        (folder / "answers.jsonl").write_bytes(whole[:length])
         bench.main(SMALL)
         assert (folder / "answers.jsonl").read_bytes() == whole and (folder / "results.json").read_bytes() == results
     asked.clear()
@@ -304,7 +313,7 @@ def test_own_noise(folder):
         "street 20 dB", "street 10 dB", "street 5 dB"}
     soundfile.write("noise/silent.wav", np.zeros(100), 8000)
     bench.read_recording.cache_clear()
-    bench.folder_noises.cache_clear()
+    bench.noises.cache_clear()
     with pytest.raises(synth.UserError, match="silent.wav is empty or silent"):
         bench.main([*SMALL, "bench.noise=noise", "fresh=true"])
 

@@ -90,7 +90,8 @@ def tokenizer(request, monkeypatch):
 
 
 def verdicts(response, name, kwargs, official=False):
-    row = bench.closed_verdicts({"instruction_id_list": [name], "kwargs": [kwargs], "response": response}, official)
+    row = {"instruction_id_list": [name], "kwargs": [kwargs], "response": response}
+    row = bench.verdicts(row, "closed", official)
     return row["strict"] + row["loose"]
 
 
@@ -111,7 +112,7 @@ def test_all_types_are_tested_in_both_languages_with_both_verdicts():
     assert set(bench.CHECKS) - followed_zh == english_only
     assert verdicts(CHINESE_STORY, "language:response_language", {"language": "zh"}) == [True, True]
     for name, kwargs, *_ in CASES:
-        bench.check_instructions({"instruction_id_list": [name], "kwargs": [kwargs]}, "here", bench.CHECKS)
+        bench.check_instructions({"instruction_id_list": [name], "kwargs": [kwargs]}, "here", "closed")
 
 
 def test_loose_forgives_first_and_last_line_and_asterisks():
@@ -149,7 +150,8 @@ def mismatches(rows):
     """(verdicts, verdicts that differ) by type."""
     count, differ = Counter(), Counter()
     for row in rows:
-        ours = bench.closed_verdicts({k: v for k, v in row.items() if k not in ("strict", "loose")}, True)
+        bare = {name: value for name, value in row.items() if name not in ("strict", "loose")}
+        ours = bench.verdicts(bare, "closed", official=True)
         for how in ("strict", "loose"):
             for name, mine, theirs in zip(row["instruction_id_list"], ours[how], row[how], strict=True):
                 count[name] += 1
@@ -217,8 +219,7 @@ def test_mended_faults(response, name, kwargs, official, default):
 
 def test_a_language_that_nothing_detects_is_not_scorable():
     profiles = pytest.importorskip("langdetect.detector_factory").PROFILES_DIRECTORY
-    known = (bench.LANGUAGES + bench.DETECTED).split()
-    assert set(known) == {*os.listdir(profiles), "zh"} and set(bench.LANGUAGES.split()) <= set(known)
+    assert bench.DETECTED == {*os.listdir(profiles), "zh"} and bench.LANGUAGES <= bench.DETECTED
     assert verdicts("text", "language:response_language", {"language": "yue"}) == [None, None]
 
 
@@ -254,7 +255,8 @@ def test_properties_of_random_answers(tokenizer):
     for text in random_answers(500):
         def strict(name, **kwargs):
             row = {"instruction_id_list": [name], "kwargs": [kwargs], "response": text}
-            found, official = bench.closed_verdicts(row, False), bench.closed_verdicts(row, True)
+            found = bench.verdicts(row, "closed")
+            official = bench.verdicts(row, "closed", official=True)
             assert type(found["strict"][0]) is type(found["loose"][0]) is bool and found["strict"][0] <= found["loose"][0], (name, text)
             assert official["strict"] in (found["strict"], [None]) and official["loose"] in (found["loose"], [None]), (name, text)
             return found["strict"][0]
@@ -442,16 +444,17 @@ def adjusted(*votes, **more):
     ([True, False], [True, False], 0, 0, [True, False]),                                  # as bench.py itself writes it
     ("nonsense", [], 1, 0, []), ([], [], 0, 0, []), (None, [], 0, 0, [])])
 def test_open_votes(votes, majority, malformed, ties, official):
-    found = bench.judged_verdicts(judged(votes), "open", False)
+    found = bench.verdicts(judged(votes), "open")
     assert (found["majority"], found["malformed"], found["ties"]) == (majority, malformed, ties)
-    assert bench.judged_verdicts(judged(votes), "open", True)["majority"] == official
+    assert bench.verdicts(judged(votes), "open", official=True)["majority"] == official
 
 
 def test_questions_of_unknown_number():
+    row = judged(["['YES', 'NO']", "['YES']"])
     for questions in (None, "1. One?\n2. Two?"):
-        found = bench.judged_verdicts(judged(["['YES', 'NO']", "['YES']"]) | {"decomposed_questions": questions}, "open", False)
+        found = bench.verdicts(row | {"decomposed_questions": questions}, "open")
         assert found["majority"] == [True, False] and found["malformed"] == 1
-    found = bench.judged_verdicts(judged(["['YES', 'NO']", "['YES']"]) | {"decomposed_questions": "['One?']"}, "open", False)
+    found = bench.verdicts(row | {"decomposed_questions": "['One?']"}, "open")
     assert found["majority"] == [True]
 
 
@@ -488,9 +491,18 @@ def test_published_rows_stand_beside_the_score(tmp_path, capsys, suite, shown, c
     score(write(tmp_path / "a.jsonl", rows), "published=true", suite=suite)
     lines = capsys.readouterr().out.splitlines()
     found = [line.split() for line in lines if line.startswith(("English", "Chinese"))]
-    assert [len(line) for line in found] == [columns + 2] * 13 and shown in next(line for line in found if line[1] == "InSerter")
-    assert any(bench.PUBLISHED_SOURCE in line for line in lines)
-    assert np.shape([line.split()[2:] for line in bench.PUBLISHED]) == (13, len(bench.PUBLISHED_COLUMNS.split())) == (13, 14)
+    assert [len(cells) for cells in found] == [columns + 2] * 13
+    assert shown in next(cells for cells in found if cells[1] == "InSerter")
+    source, header, *systems = bench.PUBLISHED.read_text("utf-8").splitlines()
+    assert any(source.removeprefix("# ") in line for line in lines) and "SpeechInstructBench" in source
+    table = [line.split("\t")[2:] for line in [header, *systems]]
+    assert np.shape(table) == (1 + 13, 14)
+
+
+def test_a_missing_table_of_published_rows_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "PUBLISHED", tmp_path / "published.tsv")
+    with pytest.raises(synth.UserError, match="published.tsv is missing"):
+        score(write(tmp_path / "a.jsonl", [row(1, "a", NO_COMMA)]), "published=true")
 
 
 # --- Bad input ---
