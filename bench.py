@@ -2,45 +2,46 @@
 
 A row is one prompt, asked in one way, and what became of it; a file of rows has one JSON object a line.
 
-    prompt    what colour is the sun, in capital letters            typed, or spoken under one of five conditions
+    prompt    what colour is the sun, in capital letters            typed, or spoken under one of 5 conditions
     response  IT IS YELLOW.
     checks    change_case:english_capital {}                        strict: followed    loose: followed
               tiny:answer {"kind": "colour", "words": ["yellow"]}   strict: followed    loose: followed
 
-Its fields, from the prompt to the verdicts. Rows of other systems need those with a star, and what is to be judged.
+Its fields, from the prompt to the verdicts; other systems' rows need those with a star, or pred_score:
 
     key                     the row's name: closed-0004-accent-spoken; in two files, what pairs their rows
-    suite                   closed (one right answer), adjustment (the speaker corrects himself), open (many right
-                            answers), transcription (write down what is heard)
+    suite                   closed (one right answer), adjustment (the speaker corrects himself), open (many
+                            right answers), transcription (to be written down)
     condition               standard, background noise, accent, paralinguistic, disfluency, or a floor
     lang
     prompt *                what is asked
     audio_path              the prompt spoken, a FLAC beside prompts.jsonl; null when it is typed
     instruction_id_list *   the names of the checks
     kwargs *                their arguments, an object for each check
-    decomposed_questions    open: yes/no questions about the answer; decomposed_checks: checks that answer them
+    decomposed_questions    open: yes/no questions about the answer
     reference               a right answer
     item, kind, constraint  where the prompt comes from; rows that ask the same share their item
     withdrawn               adjustment: the checks of what the speaker took back
+    decomposed_checks       open: the checks that answer decomposed_questions
     voice, noise, variant, seconds        how a prompt is spoken
-    response *              the answer, null or absent where there is none; truncated: it ran into the limit
-    decoding, nearest       how an answer was made; the training prompt that a floor's answer belongs to
-    pred_score              open, adjustment: verdicts by a rule, or the votes of a judge
-    strict, loose           one verdict for each check: true, false, or null where it cannot be scored
+    nearest, decoding       how an answer was made: the training prompt whose answer it is, or the model's way
+    response *, truncated   the answer, null or absent where there is none; whether it ran into the limit
+    pred_score              verdicts on decomposed_questions, or the votes of a judge
+    strict, loose           a verdict for each check: true, false, or null where none can be given
     withdrawn_strict        the same for the checks in `withdrawn`
-    majority, votes, malformed, ties      of a judge's votes
+    majority, votes, malformed, ties      of a judge's votes, in place of strict and loose
 
-The way of the rows through this file, with the functions that take each step:
+The way of the rows through this file, and the functions that take each step:
 
-    tiny world's test split -> prompts.jsonl, audio/ -> answers.jsonl -> scored rows -> results.json -> report.html
-                  draw_rows         make_prompts     ask_rows     verdicts     contributions      write_report
-                                                                                  figures
-    python bench.py                                                  benchmark the run: runs/<run>/bench/
-    python bench.py run=asr                                          another run
-    python bench.py score=FILE.jsonl                                 score answered rows of the tiny suite
-    python bench.py score=FILE.jsonl suite=closed                    answers to SpeechInstructBench itself
-    python bench.py score=FILE.jsonl suite=closed official=true      the same, judged as its own evaluator does
-    python bench.py score=OURS.jsonl,THEIRS.jsonl suite=closed       two systems and their difference
+    test split  ->  prompts.jsonl, audio/  ->  answers.jsonl  ->  scored rows  ->  results.json  ->  report.html
+    draw_rows       make_prompts               ask_rows           verdicts         contributions     write_report
+                                                                                   figures
+    python bench.py                                                 benchmark the run: runs/<run>/bench/
+    python bench.py run=asr                                         another run
+    python bench.py score=FILE.jsonl                                score answered rows of the tiny suite
+    python bench.py score=FILE.jsonl suite=closed                   answers to SpeechInstructBench itself
+    python bench.py score=FILE.jsonl suite=closed official=true     the same, judged as its own evaluator does
+    python bench.py score=OURS.jsonl,THEIRS.jsonl suite=closed      two systems and their difference
 
 Every figure is computed from answered rows alone, by the functions behind `score=`.
 """
@@ -117,8 +118,8 @@ def read_rows(path: Path, suite: str = "tiny") -> list[dict]:
         where = f"{path} line {number}"
         try:
             row = json.loads(line.decode("utf-8"), object_pairs_hook=once)
-            json.dumps(row, ensure_ascii=False).encode()         # half of a surrogate pair could not be written
-        except (ValueError, RecursionError) as error:            # JSON's and UTF-8's errors are ValueErrors
+            json.dumps(row, ensure_ascii=False).encode()    # half of a surrogate pair could not be written
+        except (ValueError, RecursionError) as error:       # JSON's and UTF-8's errors are ValueErrors
             raise UserError(f"{where} is not JSON in UTF-8 ({error}); mend or remove it.") from None
         check_row(row, where, suite)
         rows.append(row)
@@ -152,7 +153,8 @@ def check_tiny_row(row: dict, where: str) -> None:
         raise UserError(f"{where} has the unknown suite {suite!r}; valid ones are {', '.join(NEEDED)}.")
     needed, kind = NEEDED[suite]
     if not isinstance(row.get(needed), kind):
-        raise UserError(f"{where} has no {needed}, which rows of {suite} need; keep the fields of prompts.jsonl.")
+        raise UserError(f"{where} has no {needed}, which rows of {suite} need; keep the fields of "
+                        "prompts.jsonl.")
     check_instructions(row, where)
     if kind is dict:
         check_instructions(row[needed], f"{where}, {needed}")
@@ -167,10 +169,12 @@ def check_instructions(checks: dict, where: str, rules: str = "tiny") -> None:
     kwargs = checks.get("kwargs")
     lists = isinstance(names, list) and isinstance(kwargs, list)
     if not lists or len(names) != len(kwargs) or (names == [] and rules != "tiny"):
-        raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not empty.")
+        raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not "
+                        "empty.")
     for name, arguments in zip(names, kwargs):
         if not isinstance(name, str) or name not in RULES[rules]:
-            raise UserError(f"{where} has the unknown instruction {name!r}; {synth.nearest(name, RULES[rules])}.")
+            near = synth.nearest(name, RULES[rules])
+            raise UserError(f"{where} has the unknown instruction {name!r}; {near}.")
         _, *wanted = inspect.signature(RULES[rules][name]).parameters       # the first is the text
         if not isinstance(arguments, dict) or not_null(arguments).keys() != set(wanted):
             raise UserError(f"{where}: kwargs of {name} must be {{{', '.join(wanted)}}}, not {arguments!r}.")
@@ -269,7 +273,7 @@ def bullets(text: str) -> int:
 
 
 def highlights(text: str) -> int:
-    """Non-empty *sections* and **sections**; the latter count twice where single asterisks enclose text too."""
+    """Non-empty *sections* and **sections**, which count twice where single asterisks enclose text too."""
     single = re.findall(r"\*[^\n*]*\*", text)
     double = re.findall(r"\*\*[^\n*]*\*\*", text)
     filled = [marked for marked in single if marked.strip("*").strip()]
@@ -423,7 +427,7 @@ TINY = CHECKS | {
     "length_constraints:number_sentences": lambda text, relation, num_sentences:
         compare(len(synth.sentences(text)), relation, num_sentences),
     "detectable_content:postscript": has_marker,
-    # The words of the kind's domain are exactly those expected, in order: naming all colours fails.
+    # Of the words that can answer this kind exactly the expected ones, in order: naming all colours fails.
     "tiny:answer": lambda text, kind, words: named(text, domain(kind)) == words,
     "tiny:count": lambda text, group, count: len(set(members(text, group))) == count,
     "tiny:group": all_in_group,
@@ -441,9 +445,9 @@ RULES = {"tiny": TINY, "closed": CHECKS, "official": OFFICIAL}
 # --------------------------------------------------------------------------------------------------
 # 3. Verdicts: by rule, or by the votes of a judge
 #
-# `verdicts` turns an answered row into a scored one. Rows of the tiny suite and of suite=closed are judged by
-# the checks: `strict` and `loose`, a verdict for each. Those of suite=open and suite=adjustment carry the votes
-# of a judge in `pred_score`: their `majority` has a verdict for each question.
+# `verdicts` turns an answered row into a scored one. The checks judge rows of the tiny suite and of
+# suite=closed: `strict` and `loose` have a verdict for each. Rows of suite=open and suite=adjustment carry the
+# votes of a judge in `pred_score`: their `majority` has a verdict for each question.
 # --------------------------------------------------------------------------------------------------
 
 def given(arguments: dict, rules: str) -> dict:
@@ -465,9 +469,9 @@ def given(arguments: dict, rules: str) -> dict:
 def scorable(arguments: dict, rules: str) -> bool:
     """Whether an instruction with these arguments has a definite verdict.
 
-    The official code drops arguments that are 0 or empty, and for these, as for negative numbers, for a letter
-    outside a-z and for a paragraph beyond the last, it draws others at random; at a language that it does not
-    list it stops.
+    The official code drops arguments that are 0 or empty, and for these, as for negative numbers, for a
+    letter outside a-z and for a paragraph beyond the last, it draws others at random; at a language that it
+    does not list it stops.
     """
     language = arguments.get("language", "en")
     if rules != "official":
@@ -576,9 +580,9 @@ def vote_of(vote: object, suite: str) -> list[bool] | None:
 def majority(row: dict, suite: str, official: bool) -> dict:
     """The verdicts of a row's votes: `majority`, True or False for each question, and how they came about.
 
-    YES needs more than half of the well-formed votes, so a tie is NO; in the official code the first vote decides
-    it. A vote of the wrong length is malformed; where the number of questions is not known, that of the longest
-    vote is right. Without a response every question is NO; the official code leaves the row out.
+    YES needs more than half of the well-formed votes, so a tie is NO; in the official code the first vote
+    decides it. A vote of the wrong length is malformed; where the number of questions is not known, that of
+    the longest vote is right. Without a response every question is NO; the official code leaves the row out.
 
     >>> votes = ["['YES', 'NO']", "['YES', 'YES']", "['NO', 'NO']", "I would say YES"]
     >>> majority({"response": "a", "pred_score": votes}, "open", official=False)
@@ -611,8 +615,8 @@ def majority(row: dict, suite: str, official: bool) -> dict:
 def verdicts(row: dict, suite: str = "tiny", official: bool = False) -> dict:
     """A scored row: the row with its verdicts, by rule or by votes.
 
-    Rows of the tiny suite get two more: `withdrawn_strict` (adjustment) and `pred_score` (open). Without a response
-    nothing is followed; the official code leaves such a row out.
+    Rows of the tiny suite get two more: `withdrawn_strict` (adjustment) and `pred_score` (open). Without a
+    response nothing is followed; the official code leaves such a row out.
     """
     if suite in METRICS_OF_VOTES:
         return row | majority(row, suite, official)
@@ -635,13 +639,17 @@ def verdicts(row: dict, suite: str = "tiny", official: bool = False) -> dict:
 # 4. Figures
 #
 # Every figure is a ratio of sums over rows, so one function tells what a row adds to each of them, and one
-# bootstrap over rows gives the intervals: draw n rows of n with replacement, some thousand times, and keep the
-# middle 95 % of the ratios. A suite of SpeechInstructBench is reported flat; the tiny suite by condition and
-# mode, with the gap between typed and spoken, and with floors: what is reached without hearing the prompt.
+# bootstrap over rows gives the intervals: draw n rows of n with replacement, some thousand times, and keep
+# the middle 95 % of the ratios. A suite of SpeechInstructBench is reported flat; the tiny suite by condition
+# and mode, with the gap between typed and spoken, and with floors: what is reached without the prompt.
 # --------------------------------------------------------------------------------------------------
 
-def contributions(row: dict, suite: str = "tiny") -> dict[str, tuple[float, float]]:
-    """What a scored row adds to each figure: metric -> (numerator, denominator).
+Count = tuple[float, float]            # (numerator, denominator)
+Counts = dict[str, Count]              # metric -> what a row adds to it
+
+
+def contributions(row: dict, suite: str = "tiny") -> Counts:
+    """What a scored row adds to each figure.
 
     IAR: the correction is followed; ECR: what was taken back is followed (lower is better). WER: word errors.
     coverage: whether the row counts at prompt level.
@@ -666,19 +674,23 @@ def contributions(row: dict, suite: str = "tiny") -> dict[str, tuple[float, floa
     return counts
 
 
-def verdict_counts(row: dict) -> dict[str, tuple[float, float]]:
-    """Prompt- and instruction-level accuracy. A verdict of None leaves the instructions, its row the prompts.
+def levels(verdicts: list[bool | None]) -> tuple[Count, Count]:
+    """A row's part in prompt-level and in instruction-level accuracy; None leaves the instructions, its row the
+    prompts.
 
-    >>> counts = verdict_counts({"strict": [True, None], "loose": [True, None]})
-    >>> counts["strict-prompt"], counts["strict-instruction"]
-    ((0, 0), (1, 1))
+    >>> levels([True, False]), levels([True, None])
+    (((False, 1), (1, 2)), ((0, 0), (1, 1)))
     """
+    known = [followed for followed in verdicts if followed is not None]
+    prompt = (all(known), 1) if len(known) == len(verdicts) else (0, 0)
+    return prompt, (sum(known), len(known))
+
+
+def verdict_counts(row: dict) -> Counts:
+    """Strict and loose accuracy at both levels, and the mean of the two."""
     counts = {}
     for how in ("strict", "loose"):
-        known = [followed for followed in row[how] if followed is not None]
-        complete = len(known) == len(row[how])
-        counts[f"{how}-prompt"] = (all(known), 1) if complete else (0, 0)
-        counts[f"{how}-instruction"] = (sum(known), len(known))
+        counts[f"{how}-prompt"], counts[f"{how}-instruction"] = levels(row[how])
     for level in ("prompt", "instruction"):
         strict, denominator = counts[f"strict-{level}"]
         loose, _ = counts[f"loose-{level}"]
@@ -686,26 +698,26 @@ def verdict_counts(row: dict) -> dict[str, tuple[float, float]]:
     return counts
 
 
-def type_counts(row: dict) -> dict[str, tuple[float, float]]:
+def type_counts(row: dict) -> Counts:
     """Each type of instruction by itself: "punctuation:no_comma strict", "punctuation:no_comma loose"."""
     counts = {}
-    for name in row["instruction_id_list"]:
+    names = row["instruction_id_list"]
+    for name in names:
         for how in ("strict", "loose"):
-            found = [followed for each, followed in zip(row["instruction_id_list"], row[how]) if each == name]
-            counts[f"{name} {how}"] = (found.count(True), len(found) - found.count(None))
+            own = [followed for each, followed in zip(names, row[how]) if each == name]
+            _, counts[f"{name} {how}"] = levels(own)
     return counts
 
 
-def majority_counts(answers: list[bool], suite: str) -> dict[str, tuple[float, float]]:
-    """Of the answers to a judge's questions; to those of JUDGED in an adjustment row."""
+def majority_counts(answers: list[bool], suite: str) -> Counts:
+    """Of the answers to a judge's questions; in an adjustment row those of JUDGED."""
     if not answers:
-        counts = dict.fromkeys(METRICS_OF_VOTES[suite], (0, 0))
-    elif suite == "open":
-        counts = {"prompt": (all(answers), 1), "instruction": (sum(answers), len(answers))}
-    else:
-        followed, content_right, withdrawn = answers
-        counts = {"IAR": (followed and content_right, 1), "ECR": (withdrawn, 1)}
-    return counts | {"coverage": (1 if answers else 0, 1)}
+        return dict.fromkeys(METRICS_OF_VOTES[suite], (0, 0)) | {"coverage": (0, 1)}
+    if suite == "open":
+        prompt, instruction = levels(answers)
+        return {"prompt": prompt, "instruction": instruction, "coverage": (1, 1)}
+    followed, content_right, withdrawn = answers
+    return {"IAR": (followed and content_right, 1), "ECR": (withdrawn, 1), "coverage": (1, 1)}
 
 
 @functools.lru_cache(maxsize=128)
@@ -717,8 +729,8 @@ def resamples_of(n: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
-def ratios_of(counts: list[tuple[float, float]], resamples: int) -> tuple[float | None, np.ndarray | None]:
-    """Ratio of sums over all rows and in each resample: (resamples,), nan where the denominator is 0 there."""
+def ratios_of(counts: list[Count], resamples: int) -> tuple[float | None, np.ndarray | None]:
+    """Ratio of sums over all rows, and in each resample: (resamples,), nan where the denominator is 0."""
     top, bottom = np.array(counts, float).reshape(-1, 2).T       # (rows,) each
     if not bottom.sum():
         return None, None
@@ -732,8 +744,7 @@ def middle(ratios: np.ndarray) -> list[float]:
     return np.percentile(ratios[~np.isnan(ratios)], [2.5, 97.5]).round(6).tolist()
 
 
-def estimate(counts: list[tuple[float, float]], resamples: int,
-             digits: int = 6) -> tuple[float | None, list[float] | None]:
+def estimate(counts: list[Count], resamples: int, digits: int = 6) -> tuple[float | None, list[float] | None]:
     """Ratio of sums with its 95 % bootstrap interval, from one (numerator, denominator) per row.
 
     >>> estimate([(1, 1), (1, 1), (0, 1), (1, 1)], 2000)
@@ -745,11 +756,11 @@ def estimate(counts: list[tuple[float, float]], resamples: int,
     return round(ratio, digits), middle(ratios)
 
 
-def column(counts: list[dict], metric: str) -> list[tuple[float, float]]:
+def column(counts: list[Counts], metric: str) -> list[Count]:
     return [each.get(metric, (0, 0)) for each in counts]
 
 
-def figures(counts: list[dict], metrics: Iterable[str], resamples: int, digits: int = 6) -> dict:
+def figures(counts: list[Counts], metrics: Iterable[str], resamples: int, digits: int = 6) -> dict:
     """Figures of what each row adds to them.
 
     >>> figures([{"WER": (1, 4)}, {"WER": (1, 4)}], ["WER"], 100)
@@ -795,7 +806,7 @@ def flat_results(rows: list[dict], suite: str, official: bool, resamples: int) -
 def tiny_results(rows: list[dict], resamples: int) -> dict:
     """The figures of the tiny suite.
 
-    results[suite][condition][mode] has counts, fractions, intervals and floors (mode: typed, spoken, or floor);
+    results[suite][condition][mode] has counts, fractions, intervals and floors (mode: typed, spoken, floor);
     results[suite][condition]["gap"][metric] is typed minus spoken. A condition without typed rows of its own
     (the wording is the standard one) is held against those of "standard".
     """
@@ -827,7 +838,7 @@ def incomplete(rows: list[dict]) -> dict[str, int]:
 
 
 def group_figures(rows: list[dict], resamples: int) -> dict:
-    """All figures of one suite, condition and mode, then the headline by kind of prompt, then the instructions."""
+    """All figures of one suite, condition and mode; the headline by kind of prompt; each instruction."""
     counts = [contributions(row) for row in rows]
     headline = SHOWN[rows[0]["suite"]][:1]
     result = {"count": len(rows)} | figures(counts, counts[0], resamples) | incomplete(rows)
@@ -845,7 +856,8 @@ def group_figures(rows: list[dict], resamples: int) -> dict:
     result["by instruction"] = {}
     for name, found in sorted(by_name.items()):
         share, interval = estimate(found, resamples)
-        result["by instruction"][name] = {"count": len(found), "strict-instruction": share, "interval": interval}
+        figure = {"count": len(found), "strict-instruction": share, "interval": interval}
+        result["by instruction"][name] = figure
     return result
 
 
@@ -891,14 +903,15 @@ def numbered_keys(rows: list[dict]) -> list[tuple[str, int]]:
 def differences(paths: list[Path], systems: list[list[dict]], suite: str, resamples: int) -> dict:
     """The first system's figures minus the second's with the interval of paired resamples.
 
-    systems: the scored rows of each; they pair by key and its n-th occurrence. UserError for one without partner.
+    systems: the scored rows of each; they pair by key and its n-th occurrence. UserError for a row without a
+    partner.
     """
     rows_of = [dict(zip(numbered_keys(rows), rows)) for rows in systems]
     for own, other in ((0, 1), (1, 0)):
         for number, (key, n) in enumerate(rows_of[own], 1):
             if (key, n) not in rows_of[other] or key == "null":
-                raise UserError(f"{paths[own]} line {number} (key {key}) has no partner in {paths[other]}; rows "
-                                "pair by key and its n-th occurrence.")
+                raise UserError(f"{paths[own]} line {number} (key {key}) has no partner in {paths[other]}; "
+                                "rows pair by key and its n-th occurrence.")
     ours = [contributions(row, suite) for row in systems[0]]
     theirs = [contributions(rows_of[1][key], suite) for key in rows_of[0]]
     result = {"to": str(paths[1]), "pairs": len(ours)}
@@ -929,9 +942,11 @@ def draw_rows(c: synth.Settings) -> list[dict]:
     for suite, (draw, kinds, count) in suites.items():
         rng = random.Random(f"{c.seed} bench {suite}")
         tasks = draw_tasks(draw, kinds, count, rng)
-        for n, task in enumerate(rng.sample(tasks, count)):      # or a kind would always meet the same accents
-            task |= {"suite": suite, "item": f"{suite}-{n:04d}", "lang": c.synth.lang, "reference": task["answer"]}
-            task |= decompose(task) if suite == "open" else {"decomposed_questions": []}
+        for n, task in enumerate(rng.sample(tasks, count)):           # or a kind would always have one accent
+            task |= {"suite": suite, "item": f"{suite}-{n:04d}", "lang": c.synth.lang}
+            task |= {"reference": task["answer"], "decomposed_questions": []}
+            if suite == "open":
+                task |= decompose(task)
             rows += [row_of(task, "standard"), row_of(task, "standard", voice=unheard_voice(c.synth, rng))]
             if suite == "closed":
                 rows += condition_rows(task, n, c, rng)
@@ -977,8 +992,9 @@ def decompose(task: dict) -> dict:
 def row_of(task: dict, condition: str, **spoken: object) -> dict:
     """One row of prompts.jsonl; typed without `voice`."""
     key = f"{task['item']}-{condition.replace(' ', '-')}-{'spoken' if spoken else 'typed'}"
-    fields = task | {"key": key, "condition": condition, "audio_path": f"audio/{key}.flac" if spoken else None}
-    fields |= spoken
+    fields = task | {"key": key, "condition": condition, "audio_path": None}
+    if spoken:
+        fields |= {"audio_path": f"audio/{key}.flac"} | spoken
     return {name: fields[name] for name in FIELDS if name in fields}
 
 
@@ -1013,30 +1029,26 @@ def style_voice(style: str, s: synth.Settings, rng: random.Random) -> dict:
 
 
 def floor_rows(rows: list[dict]) -> list[dict]:
-    """For every prompt of the standard condition one row asked by silence, and one that the training data answers.
+    """For every prompt of the standard condition one row asked by silence, and one answered by training data.
 
-    Silence is as long as the spoken prompt, rounded up to quarters of a second, so that few lengths are asked.
+    Silence is as long as the spoken prompt, rounded up to quarters of a second: so few lengths are asked.
     """
     silent = []
     nearest = []
     for row in rows:
         if row["condition"] == "standard" and row["audio_path"]:
             floor = row | {"audio_path": None, "voice": None}
-            silence = {"key": f"{row['item']}-silence", "condition": SILENCE,
-                       "seconds": math.ceil(row["seconds"] * 4) / 4}
-            silent.append(floor | silence)
+            seconds = math.ceil(row["seconds"] * 4) / 4
+            silent.append(floor | {"key": f"{row['item']}-silence", "condition": SILENCE, "seconds": seconds})
             nearest.append(floor | {"key": f"{row['item']}-nearest", "condition": NEAREST})
     return silent + nearest
 
 
 def transcription_rows(rows: list[dict]) -> list[dict]:
-    """Every closed-ended clip once more, to be written down: what the model hears, apart from what it obeys."""
-    transcriptions = []
-    for row in rows:
-        if row["suite"] == "closed" and row["audio_path"]:
-            change = {"key": f"{row['key']}-transcription", "suite": "transcription", "reference": row["prompt"]}
-            transcriptions.append(row | change | {"instruction_id_list": [], "kwargs": []})
-    return transcriptions
+    """Every closed-ended clip once more, to be written down: what is heard, apart from what is obeyed."""
+    change = {"suite": "transcription", "instruction_id_list": [], "kwargs": []}
+    clips = [row | change for row in rows if row["suite"] == "closed" and row["audio_path"]]
+    return [row | {"key": f"{row['key']}-transcription", "reference": row["prompt"]} for row in clips]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1044,18 +1056,18 @@ def transcription_rows(rows: list[dict]) -> list[dict]:
 #
 # espeak speaks them, whatever engine made the training data: it has the accents and the styles. All in one
 # fresh process, in one order, because espeak's state runs on from clip to clip. Answers are appended batch by
-# batch, so an interrupted benchmark continues with the next batch. The floor "nearest training prompt" asks no
-# model: it is what a table of the training dialogues would answer.
+# batch, so an interrupted benchmark continues with the next batch. The floor "nearest training prompt" asks
+# no model: it is what a table of the training dialogues would answer.
 # --------------------------------------------------------------------------------------------------
 
 def make_prompts(c: synth.Settings, folder: Path) -> list[dict]:
-    """Read prompts.jsonl, or draw and speak the suite and write it: last, so that one which exists is whole."""
+    """Read prompts.jsonl, or draw and speak the suite, and write it last: one that exists is whole."""
     path = folder / "prompts.jsonl"
     if path.is_file():
         return read_rows(path)
     rows = draw_rows(c)
     spoken = [row for row in rows if row["audio_path"]]
-    spoken.sort(key=lambda row: row["condition"] != "standard")  # their clips are the others' babble
+    spoken.sort(key=lambda row: row["condition"] != "standard")       # its clips are the others' babble
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
@@ -1111,7 +1123,8 @@ def read_clip(path: Path) -> np.ndarray:
     try:
         return synth.decode_flac(path.read_bytes())
     except (OSError, soundfile.SoundFileError):
-        raise UserError(f"The clip {path} is missing or damaged; make the prompts anew with fresh=true.") from None
+        raise UserError(f"The clip {path} is missing or damaged; make the prompts anew with "
+                        "fresh=true.") from None
 
 
 @functools.cache
@@ -1121,8 +1134,8 @@ def noises(folder: str | None) -> list[str]:
         return ["babble", "pink", "white"]
     found = [str(path) for path in Path(folder).glob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg")]
     if not found:
-        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of recordings, or "
-                        "null.")
+        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of recordings, "
+                        "or null.")
     return sorted(found)
 
 
@@ -1147,11 +1160,12 @@ def noise_of(kind: str, samples: int, clips: list[np.ndarray], rng: np.random.Ge
 
 @functools.cache
 def read_recording(path: str) -> np.ndarray:
-    """A recording as (samples,) float32 at 16 kHz, channels averaged. UserError where it is broken or silent."""
+    """A recording as (samples,) float32 at 16 kHz, channels averaged. UserError if it is broken or silent."""
     try:
         recording, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise UserError(f"The noise recording {path} cannot be read ({error}); remove it from bench.noise.") from None
+        raise UserError(f"The noise recording {path} cannot be read ({error}); remove it from "
+                        "bench.noise.") from None
     recording = synth.to_16k([recording.mean(1)], rate)[0]
     if not np.any(recording):
         raise UserError(f"The noise recording {path} is empty or silent; remove it from bench.noise.")
@@ -1196,7 +1210,7 @@ def answered_keys(path: Path) -> set[str]:
 
 
 def way(row: dict) -> tuple[int, int, str]:
-    """Rows of one suite, condition and mode are asked together, in the order in which the table shows them."""
+    """Rows of one suite, condition and mode are asked together, in the order of the table."""
     return list(SHOWN).index(row["suite"]), [*CONDITIONS, *FLOORS].index(row["condition"]), mode(row)
 
 
@@ -1258,10 +1272,10 @@ def training_turns(c: synth.Settings) -> list[tuple[str, str]]:
 
 
 def nearest_prompts(prompts: list[str], questions: list[str]) -> list[int]:
-    """For each prompt the index of the nearest question: the one with which it shares most words, counted against
-    the longer of the two; of equals the one with the smallest word edit distance, and of these the first.
+    """For each prompt the index of the nearest question: the one with which it shares most words, counted
+    against the longer of the two; of equals the one with the smallest word edit distance, then the first.
 
-    >>> nearest_prompts(["what colour is the sun"], ["count to two", "the sun what colour is", "what colour is it"])
+    >>> nearest_prompts(["what colour is the sun"], ["count to two", "the sun what colour is", "what is"])
     [1]
     """
     words = set(words_of(" ".join([*questions, *prompts])))
@@ -1284,9 +1298,9 @@ def nearest_prompts(prompts: list[str], questions: list[str]) -> list[int]:
 # --------------------------------------------------------------------------------------------------
 # 7. Table and page
 #
-# The same figures in aligned columns for the terminal, and for the tiny suite on one page with a chart, tables,
-# and rows to listen to. The page is the template PAGE at the end of this file; here stands what it shows, as
-# plain lists and dicts.
+# The same figures in aligned columns for the terminal, and for the tiny suite on one page with a chart,
+# tables, and rows to listen to. The page is the template PAGE at the end of this file; here stands what it
+# shows, as plain lists and dicts.
 # --------------------------------------------------------------------------------------------------
 
 def percent(figure: dict | None, metric: str) -> str:
@@ -1319,7 +1333,6 @@ def print_scores(paths: list[Path], results: list[dict]) -> None:
     for path, found in zip(paths, results):
         notes = [f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)]
         print(", ".join(notes), f"\n{path}.results.json and {path}.scored.jsonl are written.")
-    shown = {path.name: found for path, found in zip(paths, results)}
     table = [["percent", *(path.name for path in paths)]]
     if "difference" in results[0]:
         table[0].append("difference")
@@ -1332,7 +1345,8 @@ def print_scores(paths: list[Path], results: list[dict]) -> None:
 def print_published(suite: str) -> None:
     """The leaderboard's columns of a suite. UserError where its file is missing."""
     if not PUBLISHED.is_file():
-        raise UserError(f"{PUBLISHED} is missing; take it from the project again, or leave published=true out.")
+        raise UserError(f"{PUBLISHED} is missing; take it from the project again, or leave out "
+                        "published=true.")
     source, header, *systems = PUBLISHED.read_text("utf-8").splitlines()
     columns = PUBLISHED_COLUMNS[suite]
     table = [["", "", *header.split("\t")[columns]]]
@@ -1344,7 +1358,7 @@ def print_published(suite: str) -> None:
 
 
 def conditions_of(results: dict, suite: str) -> Iterator[tuple[str, dict | None, dict | None, dict]]:
-    """A suite's conditions without the floors: name, typed figures (or those of "standard"), spoken ones, gap."""
+    """A suite's conditions but the floors: name, typed figures (or those of "standard"), spoken ones, gap."""
     conditions = results.get(suite, {})
     standard = conditions.get("standard", {})
     for condition, cell in conditions.items():
@@ -1357,22 +1371,23 @@ def table_rows(results: dict) -> Iterator[list[str]]:
     """The result table as text cells, one row for each condition and figure of each suite."""
     for suite, metrics in SHOWN.items():
         for condition, typed, spoken, gaps in conditions_of(results, suite):
+            name = condition if suite == "closed" else f"{suite}: {condition}"
             shown = spoken or typed
             for metric in metrics:
+                cells = [name, metric, str(shown["count"]), percent(typed, metric), percent(spoken, metric)]
                 gap = gaps.get(metric, {})
-                interval = gap.get("interval") or [None]
-                floors = [floor[metric] for floor in shown.get("floors", {}).values()] or [None] * 3
-                yield [condition if suite == "closed" else f"{suite}: {condition}", metric, str(shown["count"]),
-                       percent(typed, metric), percent(spoken, metric), points(gap.get("difference")),
-                       " to ".join(map(points, interval)), *map(points, floors)]
+                cells.append(points(gap.get("difference")))
+                cells.append(" to ".join(map(points, gap.get("interval") or [None])))
+                floors = [floor[metric] for floor in shown.get("floors", {}).values()]
+                yield cells + list(map(points, floors or [None] * 3))
 
 
 def print_table(results: dict) -> None:
     print(results["warning"])
     print_aligned([list(COLUMNS), *table_rows(results)], left=2)
-    print(f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing. Floors: "
-          "these answers against other prompts' instructions; the model fed silence; the answer of the nearest "
-          "training prompt.")
+    print(f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing. "
+          "Floors: these answers against other prompts' instructions; the model fed silence; the answer of the "
+          "nearest training prompt.")
 
 
 def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: dict) -> Path:
@@ -1396,23 +1411,22 @@ def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: d
 
 
 def bars(results: dict) -> list[dict]:
-    """Closed-ended conditions, typed beside spoken: the chart's bars in its coordinates, whose y goes downwards
-    from 40 (100 %) to 280 (0 %)."""
+    """Closed-ended conditions, typed beside spoken, in the chart's coordinates: y is 280 at 0 %, 40 at 100 %."""
     conditions = list(conditions_of(results, "closed"))
     found = []
     for i, (condition, typed, spoken, _) in enumerate(conditions):
         centre = round(50 + 700 / len(conditions) * (i + 0.5))
         for how, x, figure in (("typed", centre - 17, typed), ("spoken", centre + 17, spoken)):
             if figure:
-                shares = [figure["strict-prompt"], *figure["interval"]["strict-prompt"]]
-                top, low, high = (round(280 - 240 * share, 1) for share in shares)
-                found.append({"condition": condition, "centre": centre, "how": how, "x": x, "top": top, "low": low,
-                              "high": high, "percent": f"{100 * shares[0]:.0f}"})
+                share = figure["strict-prompt"]
+                shares = [share, *figure["interval"]["strict-prompt"]]
+                found.append({"condition": condition, "centre": centre, "how": how, "x": x,
+                              "percent": f"{100 * share:.0f}", "y": [round(280 - 240 * s, 1) for s in shares]})
     return found
 
 
 def breakdown(results: dict, field: str) -> list[list[str]]:
-    """Strict prompt-level accuracy of the closed-ended rows by kind, constraint or variant: a table with a header,
+    """Strict prompt-level accuracy of closed-ended rows by kind, constraint or variant: a table with a header,
     one column for each condition and mode."""
     columns = {}
     for condition, cell in results.get("closed", {}).items():
@@ -1446,7 +1460,7 @@ def page_rows(scored: list[dict], folder: Path) -> list[list[dict]]:
 
 
 def page_row(row: dict, folder: Path, heard: dict[str, str]) -> dict:
-    """A row with what the page shows beside its fields; `judged`: a text for each verdict, and the verdict."""
+    """A row with what the page shows beside its fields; `judged`: each verdict, after a text."""
     judged = []
     if row["suite"] == "open":
         judged = list(zip(row["decomposed_questions"], row["pred_score"]))
@@ -1464,8 +1478,8 @@ def page_row(row: dict, folder: Path, heard: dict[str, str]) -> dict:
 # --------------------------------------------------------------------------------------------------
 # 8. How the official code reads a text: sentences, words, capitals, language
 #
-# Counting is the whole of some checks, so it is done as the official code does it. Its sentence model, nltk's, is
-# a download: where it is missing a rule stands in, which seldom counts otherwise.
+# Counting is the whole of some checks, so it is done as the official code does it. Its sentence model,
+# nltk's, is a download: where it is missing a rule stands in, which seldom counts otherwise.
 # --------------------------------------------------------------------------------------------------
 
 @functools.cache
@@ -1479,7 +1493,7 @@ def punkt() -> ModuleType | None:
 
 
 def sentence_count(text: str) -> int:
-    """Sentences: between 。！ and ？ as soon as one character is Chinese, else as nltk's model or our rule finds them.
+    """Sentences: between 。！ and ？ as soon as one character is Chinese, else by nltk's model or our rule.
 
     >>> sentence_count("Dr. Mo is in. Is he? Yes, since 3.5 hours.")
     3
@@ -1493,7 +1507,7 @@ def sentence_count(text: str) -> int:
 
 
 def ends_sentence(mark: re.Match) -> bool:
-    """Whether a SENTENCE_MARK ends a sentence: not after "e.g.", an initial, or "3." before a small letter."""
+    """Whether a SENTENCE_MARK ends a sentence: not after "e.g.", an initial, or "3." before small letters."""
     word, dots, closing, after = mark.groups()
     word = word.lower().lstrip("*'_-")
     capital = after[:1].isupper()
@@ -1524,7 +1538,7 @@ def capital_words(text: str) -> int:
 
 @functools.lru_cache(maxsize=8192)     # the loose variants of an answer are often the same text
 def language_of(text: str) -> str | None:
-    """The text's language as langdetect names it (zh-cn, zh-tw), always the same; None where it finds none."""
+    """The text's language as langdetect names it (zh-cn, zh-tw), always the same; None if it finds none."""
     import langdetect                  # here: only the closed-ended suite needs it
     langdetect.DetectorFactory.seed = 0
     try:
@@ -1550,8 +1564,8 @@ def score_files(c: synth.Settings) -> None:
         if not paths[0].is_file():
             paths = [Path(name) for name in c.score.split(",")]
         if len(paths) > 2 or c.bench.bootstrap < 100:
-            raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is at "
-                            "least 100.")
+            raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is "
+                            "at least 100.")
     systems = [read_rows(path, c.suite) for path in paths]
     scored, results = zip(*(score_rows(rows, c.suite, c.official, c.bench.bootstrap) for rows in systems))
     if len(paths) == 2:
@@ -1579,12 +1593,12 @@ def benchmark(c: synth.Settings) -> None:
 
 
 def begin(c: synth.Settings) -> Path:
-    """Find the run's model; return the benchmark's folder, refusing to continue one made by other settings."""
+    """Find the run's model; return the benchmark's folder, unless other settings or a model have begun it."""
     model = Path("runs") / c.run / "model"
     folder = Path("runs") / c.run / "bench"
     if not (model / "config.json").is_file():
-        raise UserError(f"There is no model in {model}; train it with torchrun inserter.py run={c.run}, or name "
-                        "another.")
+        raise UserError(f"There is no model in {model}; train it with torchrun inserter.py run={c.run}, or "
+                        "name another.")
     check_settings(c)
     if c.fresh:
         shutil.rmtree(folder, ignore_errors=True)
@@ -1605,8 +1619,9 @@ def check_settings(c: synth.Settings) -> None:
     b = c.bench
     least = min(b.batch, b.max_tokens, b.bootstrap, len(b.snr), len(b.accents))
     if min(b.rows, b.adjustment_rows, b.open_rows) < 2 or least < 1:
-        raise UserError("bench.rows, bench.adjustment_rows and bench.open_rows must be at least 2, bench.batch, "
-                        "bench.max_tokens and bench.bootstrap at least 1, bench.snr and bench.accents not empty.")
+        raise UserError("bench.rows, bench.adjustment_rows and bench.open_rows must be at least 2, "
+                        "bench.batch, bench.max_tokens and bench.bootstrap at least 1, bench.snr and "
+                        "bench.accents not empty.")
     known = set(b.accents) & set(c.synth.accents)
     if known:
         raise UserError(f"bench.accents must not be training's own; take {', '.join(sorted(known))} out.")
@@ -1618,8 +1633,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"There is no suite {c.suite!r}; valid ones are {', '.join(REQUIRED)}.")
     tiny = c.suite == "tiny"
     if (not tiny and c.score is None) or (tiny and (c.official or c.published)):
-        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published need these "
-                        "suites.")
+        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published need "
+                        "these suites.")
     if c.score is None:
         benchmark(c)
     else:
@@ -1633,11 +1648,11 @@ def main(arguments: list[str]) -> None:
 # condition, and the page.
 # --------------------------------------------------------------------------------------------------
 
-# The fields of prompts.jsonl that a prompt is made with, in their order
-FIELDS = """key suite condition lang prompt audio_path instruction_id_list kwargs decomposed_questions reference item kind
-    constraint withdrawn decomposed_checks voice noise variant""".split()
+# The fields with which a prompt is written, in their order.
+FIELDS = """key suite condition lang prompt audio_path instruction_id_list kwargs decomposed_questions reference
+    item kind constraint withdrawn decomposed_checks voice noise variant""".split()
 
-# What every row must have to be scored under suite=…, and what a row of the tiny suite needs most, by its suite.
+# What every row needs to be scored under suite=…, and what a row of the tiny suite needs most, by its suite.
 CHECKED = {"prompt": str, "instruction_id_list": list, "kwargs": list}
 REQUIRED = {
     "tiny": {"suite": str, "condition": str} | CHECKED,
@@ -1655,12 +1670,13 @@ TEXT_OR_NULL = dict.fromkeys(REQUIRED, ("response",))
 TEXT_OR_NULL["tiny"] = ("response", "audio_path", "item", "kind", "constraint", "variant")
 
 # The arguments of checks that are no text: lists of texts, and whole numbers.
-ARGUMENTS = dict.fromkeys(("forbidden_words", "keywords", "words"), list) | dict.fromkeys("""capital_frequency count
-    frequency let_frequency nth_paragraph num_bullets num_highlights num_paragraphs num_placeholders num_sections
-    num_sentences num_words""".split(), int)
+ARGUMENTS = dict.fromkeys(("forbidden_words", "keywords", "words"), list) | dict.fromkeys(
+    """capital_frequency count frequency let_frequency nth_paragraph num_bullets num_highlights num_paragraphs
+    num_placeholders num_sections num_sentences num_words""".split(), int)
 
-# The figures of suite=closed, and of the suites that a judge scores; the judge's questions about an adjustment row.
-METRICS = ("strict-prompt", "strict-instruction", "loose-prompt", "loose-instruction", "mean-prompt", "mean-instruction")
+# The figures of suite=closed, and of the suites that a judge scores; what he is asked about an adjustment row.
+METRICS = ("strict-prompt", "strict-instruction", "loose-prompt", "loose-instruction", "mean-prompt",
+           "mean-instruction")
 METRICS_OF_VOTES = {"open": ("prompt", "instruction"), "adjustment": ("IAR", "ECR")}
 JUDGED = ("follow_after_adjust", "after_adjust_content_correct", "follow_before_adjust")
 
@@ -1670,28 +1686,28 @@ CHINESE = "[\u4e00-\u9fff]"
 CHINESE_MARKS = "，。！？；：“”‘’（）—【】《》〈〉、·"
 MARKS = string.punctuation + string.whitespace + "“”"
 
-# The languages that the official code lists, and the others that langdetect tells apart, Chinese also as plain zh.
-LANGUAGES = set("en es pt ar hi fr ru de ja it bn uk th ur ta te bg ko pl he fa vi ne sw kn mr gu pa ml fi".split())
+# The languages that the official code lists, and all that langdetect tells apart, Chinese also as plain zh.
+LANGUAGES = set("""en es pt ar hi fr ru de ja it bn uk th ur ta te bg ko pl he fa vi ne sw kn mr gu pa ml
+    fi""".split())
 DETECTED = LANGUAGES | set("""zh zh-cn zh-tw af ca cs cy da el et hr hu id lt lv mk nl no ro sk sl so sq sv tl
     tr""".split())
 CODES = {"zh": ("zh-cn", "zh-tw")}
 
-# For counting sentences without nltk's model. After an abbreviation a sentence ends only before a word that often
-# starts one; "v" and "x" are rather numerals than initials.
+# For counting sentences without nltk's model. After an abbreviation a sentence ends only before a word that
+# often starts one; "v" and "x" are rather numerals than initials.
 ABBREVIATIONS = set("""al approx apr aug ca capt cf co col corp dec dept dr est etc feb fig ft gen gov hon inc jan
     jr lt ltd mr mrs ms mt no nov oct prof rep rev sen sept sgt sr st v vol vs x""".split())
 STARTERS = set("""a after all also an and as at before but do during each every first for from he her here his how
-    however i if in it its let my no now on once one our please remember she so some that the their then there these they this
-    those to we what when where which while who why with yes you your""".split())
+    however i if in it its let my no now on once one our please remember she so some that the their then there
+    these they this those to we what when where which while who why with yes you your""".split())
 
-# A mark that may end a sentence: the word before it, the mark, closing marks (more may follow), the word after.
+# A mark that may end a sentence: the word before it, the mark, closing marks (more may follow), the next word.
 SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]{0,40}?)(\.{2,}|[.?!])([.?!)\]}"']*)(?!["')\]}\s]*$)"""
                            r"""(?:\s+|(?=\*)|(?<=["')\]}])(?=[^\w\s]))(?=[^\w\s]*(\w*))""")
 
 # Where a contraction is cut: can|'t is CA|N'T in capitals
-CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(?<=\bcan)(?=not\b)|(?<=\bgim|\blem)(?=me\b)"
-                         r"|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)")
-
+CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(?<=\bcan)(?=not\b)"
+                         r"|(?<=\bgim|\blem)(?=me\b)|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)")
 
 # What lies between words
 WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""")
@@ -1700,12 +1716,13 @@ WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2
 VOICE_KEYS = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")
 BABBLE_VOICES = 5
 
-# espeak's parameters are drawn from these ranges; without "timbres", from the timbres that training never hears.
+# espeak's parameters are drawn from these ranges; without "timbres" these are any that training never hears.
 STYLES = {
     "whisper": {"timbres": ["whisper", "whisperf", "caleb"], "rate": (140, 210), "pitch": (30, 70)},
     "shout": {"rate": (140, 180), "pitch": (75, 95), "range": (80, 99), "volume": (250, 300)},
     "child": {"timbres": ["zac", "belinda"], "rate": (150, 190), "pitch": (50, 80), "range": (50, 70)},
-    "old": {"timbres": ["grandma", "grandpa", "croak"], "rate": (100, 130), "pitch": (20, 45), "range": (20, 40)},
+    "old": {"timbres": ["grandma", "grandpa", "croak"], "rate": (100, 130), "pitch": (20, 45),
+            "range": (20, 40)},
     "fast": {"rate": (270, 320), "pitch": (30, 70)},
     "slow": {"rate": (85, 105), "pitch": (30, 70)},
 }
@@ -1717,8 +1734,8 @@ SHOWN = {
     "open": ["open-score", "strict-prompt"],
     "transcription": ["WER"],
 }
-COLUMNS = ("condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap", "other prompts", "silence",
-           "nearest")
+COLUMNS = ("condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap", "other prompts",
+           "silence", "nearest")
 WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stand beside published "
            "SpeechInstructBench scores.")
 
@@ -1727,8 +1744,8 @@ WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stan
 PUBLISHED = Path(__file__).with_name("results") / "published.tsv"
 PUBLISHED_COLUMNS = {"closed": slice(2, 12), "open": slice(12, 14), "adjustment": slice(14, 16)}
 
-# The figures at the head of the page: suite, mode, metric; and the bytes of base64 audio it may hold, for a page
-# beyond 15 MB opens slowly.
+# The figures at the head of the page: suite, mode, metric; and the bytes of base64 audio that it may hold, for
+# a page beyond 15 MB opens slowly.
 HEADLINES = (
     ("closed", "typed", "strict-prompt"),
     ("closed", "spoken", "strict-prompt"),
@@ -1763,8 +1780,8 @@ audio { height: 2em; width: 19em; vertical-align: middle; margin-left: 1em } p b
 {%- endmacro %}
 {%- set note = "strict prompt-level accuracy in percent; whiskers: 95 % bootstrap" %}
 <h1>{{ title }}</h1><p class="warning">{{ results.warning }}</p>
-<p>Closed-ended prompts, standard condition, strict prompt-level accuracy in percent with 95 % intervals; then the spoken
-adjustment, open-ended and transcription figures. ECR and WER: lower is better.</p>
+<p>Closed-ended prompts, standard condition, strict prompt-level accuracy in percent with 95 % intervals; then
+the spoken adjustment, open-ended and transcription figures. ECR and WER: lower is better.</p>
 <div class="figures">
 {%- for name, value in figures.items() %}<div><b>{{ value }}</b>{{ name }}</div>{% endfor -%}
 </div>
@@ -1776,10 +1793,10 @@ adjustment, open-ended and transcription figures. ECR and WER: lower is better.<
 <line x1="50" x2="760" y1="{{ 280 - 2.4 * percent }}" y2="{{ 280 - 2.4 * percent }}" class="grid"/>
 <text x="42" y="{{ 284 - 2.4 * percent }}" text-anchor="end">{{ percent }}</text>
 {%- endfor %}
-{%- for bar in bars %}
-<rect class="{{ bar.how }}" x="{{ bar.x - 15 }}" y="{{ bar.top }}" width="30" height="{{ 280 - bar.top }}"/>
-<path class="whisker" d="M{{ bar.x }} {{ bar.low }}V{{ bar.high }}m-4 0h8M{{ bar.x - 4 }} {{ bar.low }}h8"/>
-<text x="{{ bar.x }}" y="{{ bar.high - 5 }}" text-anchor="middle">{{ bar.percent }}</text>
+{%- for bar in bars %}{% set top, low, high = bar.y %}
+<rect class="{{ bar.how }}" x="{{ bar.x - 15 }}" y="{{ top }}" width="30" height="{{ 280 - top }}"/>
+<path class="whisker" d="M{{ bar.x }} {{ low }}V{{ high }}m-4 0h8M{{ bar.x - 4 }} {{ low }}h8"/>
+<text x="{{ bar.x }}" y="{{ high - 5 }}" text-anchor="middle">{{ bar.percent }}</text>
 {%- endfor %}
 {%- for bar in bars | unique(attribute="condition") %}
 <text x="{{ bar.centre }}" y="300" text-anchor="middle">{{ bar.condition }}</text>
@@ -1787,25 +1804,28 @@ adjustment, open-ended and transcription figures. ECR and WER: lower is better.<
 <text x="50" y="324">{{ note }}</text></svg>
 <h2>All conditions</h2>
 {{- table_of(table) }}
-<p>The last three columns are floors in percent: the same answers scored against other prompts' instructions, the model fed
-silence, and the answer of the nearest training prompt. {{ results.rows }} rows, {{ results.truncated }} answers truncated,
-{{ results.missing }} missing. Decoding: {{ decoding }}.</p>
+<p>The last three columns are floors in percent: the same answers scored against other prompts' instructions,
+the model fed silence, and the answer of the nearest training prompt. {{ results.rows }} rows,
+{{ results.truncated }} answers truncated, {{ results.missing }} missing. Decoding: {{ decoding }}.</p>
 <h2>By kind of instruction</h2>
 {{- table_of(breakdowns.kind) }}
 <details><summary>By constraint</summary>{{ table_of(breakdowns.constraint) }}</details>
 <details><summary>By noise, accent and style</summary>{{ table_of(breakdowns.variant) }}</details>
-<h2>Rows</h2><p>The first {{ groups | map("length") | max }} of every condition, or as many as it has; all are in answers.jsonl.
-<select id="condition"><option>all conditions</option></select> <select id="verdict"><option>all verdicts</option>
-<option>followed</option><option>not followed</option></select>
+<h2>Rows</h2><p>The first {{ groups | map("length") | max }} of every condition, or as many as it has; all are
+in answers.jsonl. <select id="condition"><option>all conditions</option></select>
+<select id="verdict"><option>all verdicts</option><option>followed</option><option>not followed</option></select>
 <span id="count"></span></p>
 {%- for group in groups %}{% for row in group if row %}
 <section data-condition="{{ row.suite }}: {{ row.condition }}, {{ row.mode }}"
          data-verdict="{{ 'followed' if row.followed else 'not followed' }}">
-<small>{{ [row.key, row.condition, row.mode, row.variant, row.voice, "truncated" if row.truncated] | select | join(" · ") }}</small>
+{%- set notes = [row.key, row.condition, row.mode, row.variant, row.voice, "truncated" if row.truncated] %}
+<small>{{ notes | select | join(" · ") }}</small>
 <p class="ask">{{ row.prompt }}
-{%- if row.audio %}<audio controls preload="none" src="data:audio/flac;base64,{{ row.audio }}"></audio>{% endif %}</p>
-{%- for name, text in [("heard as", row.heard), ("nearest training prompt", row.nearest), ("answer", row.response),
-                       ("reference", row.reference)] if text is defined and text is not none %}
+{%- if row.audio -%}
+<audio controls preload="none" src="data:audio/flac;base64,{{ row.audio }}"></audio>
+{%- endif %}</p>
+{%- for name, text in [("heard as", row.heard), ("nearest training prompt", row.nearest),
+                       ("answer", row.response), ("reference", row.reference)] if text is string %}
 <p><b>{{ name }}</b> {{ text }}</p>
 {%- endfor %}
 {%- if row.withdrawn_strict and False not in row.withdrawn_strict %}
