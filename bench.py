@@ -33,9 +33,10 @@ Its fields, from the prompt to the verdicts; other systems' rows need those with
 
 The way of the rows through this file, and the functions that take each step:
 
-    test split  ->  prompts.jsonl, audio/  ->  answers.jsonl  ->  scored rows  ->  results.json  ->  report.html
-    draw_rows       make_prompts               ask_rows           verdicts         contributions     write_report
-                                                                                   figures
+    test split  ->  prompts.jsonl, audio/  ->  answers.jsonl  ->  scored rows  ->  results.json  ->  the page
+     draw_rows          make_prompts             ask_rows          verdicts       contributions    write_report
+                                                                                  figures
+
     python bench.py                                                 benchmark the run: runs/<run>/bench/
     python bench.py run=asr                                         another run
     python bench.py score=FILE.jsonl                                score answered rows of the tiny suite
@@ -131,75 +132,6 @@ def read_rows(path: Path, suite: str = "tiny") -> list[dict]:
     return rows
 
 
-def check_row(row: object, where: str, suite: str = "tiny") -> None:
-    """Refuse a row that cannot be scored; UserError says `where` it stands."""
-    required = REQUIRED[suite]
-    for name, kind in required.items():
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise UserError(f"{where} has no {name} of type {kind.__name__}; every row needs "
-                            f"{', '.join(required)}.")
-    for name in TEXT_OR_NULL[suite]:
-        if not isinstance(row.get(name), str | None):
-            raise UserError(f"{where}: {name} must be text, or null where there is none.")
-    if suite == "closed":
-        check_instructions(row, where, "closed")
-    if suite == "tiny":
-        check_tiny_row(row, where)
-
-
-def check_tiny_row(row: dict, where: str) -> None:
-    suite = row["suite"]
-    if suite not in NEEDED:
-        raise UserError(f"{where} has the unknown suite {suite!r}; valid ones are {', '.join(NEEDED)}.")
-    needed, kind = NEEDED[suite]
-    if not isinstance(row.get(needed), kind):
-        raise UserError(f"{where} has no {needed}, which rows of {suite} need; keep the fields of "
-                        "prompts.jsonl.")
-    check_instructions(row, where)
-    if kind is dict:
-        check_instructions(row[needed], f"{where}, {needed}")
-
-
-def check_instructions(checks: dict, where: str, rules: str = "tiny") -> None:
-    """Refuse names that RULES[rules] lacks, and arguments that are not the check's own.
-
-    checks: a row, or a part of one with `instruction_id_list` and `kwargs`.
-    """
-    names = checks.get("instruction_id_list")
-    kwargs = checks.get("kwargs")
-    lists = isinstance(names, list) and isinstance(kwargs, list)
-    if not lists or len(names) != len(kwargs) or (names == [] and rules != "tiny"):
-        raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not "
-                        "empty.")
-    for name, arguments in zip(names, kwargs):
-        if not isinstance(name, str) or name not in RULES[rules]:
-            near = synth.nearest(name, RULES[rules])
-            raise UserError(f"{where} has the unknown instruction {name!r}; {near}.")
-        _, *wanted = inspect.signature(RULES[rules][name]).parameters       # the first is the text
-        if not isinstance(arguments, dict) or not_null(arguments).keys() != set(wanted):
-            raise UserError(f"{where}: kwargs of {name} must be {{{', '.join(wanted)}}}, not {arguments!r}.")
-        for key in wanted:
-            check_argument(arguments[key], key, f"kwargs.{key} of {name}", where)
-
-
-def check_argument(value: object, key: str, name: str, where: str) -> None:
-    """Refuse an argument of a wrong type: in ARGUMENTS, or text. True is no number."""
-    kind = ARGUMENTS.get(key, str)
-    demanded = [(value, kind)]
-    if kind is list and type(value) is list:
-        demanded += [(item, str) for item in value]
-    for item, right in demanded:
-        if type(item) is not right:
-            raise UserError(f"{name} in {where} must be {right.__name__}, not {item!r}.")
-    if key.endswith("relation") and value not in ("less than", "at least"):
-        raise UserError(f"{where}: {name} must be 'less than' or 'at least'.")
-
-
-def not_null(arguments: dict) -> dict:
-    """The official files give every check the names of all arguments, most of them null."""
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
 # --------------------------------------------------------------------------------------------------
 # 2. Checks: was an instruction followed?
 #
@@ -225,6 +157,10 @@ def unmarked(text: str) -> str:
 
 def hits(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text, re.I))
+
+
+def has_word(text: str, word: str) -> bool:
+    return hits(rf"\b{re.escape(word)}\b", text) > 0
 
 
 def compare(count: int, relation: str, limit: int) -> bool:
@@ -407,10 +343,6 @@ def states_only_truth(text: str, about: str) -> bool:
     return facts != set() and all(x == about and synth.FACTS[kind].get(x, y) == y for kind, x, y in facts)
 
 
-def has_word(text: str, word: str) -> bool:
-    return hits(rf"\b{re.escape(word)}\b", text) > 0
-
-
 def has_marker(text: str, postscript_marker: str) -> bool:
     """Its letters with a full stop, and perhaps a space, between them."""
     letters = re.findall(r"\w", postscript_marker.lower())
@@ -446,9 +378,14 @@ RULES = {"tiny": TINY, "closed": CHECKS, "official": OFFICIAL}
 # 3. Verdicts: by rule, or by the votes of a judge
 #
 # `verdicts` turns an answered row into a scored one. The checks judge rows of the tiny suite and of
-# suite=closed: `strict` and `loose` have a verdict for each. Rows of suite=open and suite=adjustment carry the
-# votes of a judge in `pred_score`: their `majority` has a verdict for each question.
+# suite=closed: `strict` and `loose` have a verdict for each. Rows of suite=open and suite=adjustment carry
+# the votes of a judge in `pred_score`: their `majority` has a verdict for each question.
 # --------------------------------------------------------------------------------------------------
+
+def not_null(arguments: dict) -> dict:
+    """The official files give every check the names of all arguments, most of them null."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
 
 def given(arguments: dict, rules: str) -> dict:
     """The arguments that a check is called with.
@@ -675,8 +612,9 @@ def contributions(row: dict, suite: str = "tiny") -> Counts:
 
 
 def levels(verdicts: list[bool | None]) -> tuple[Count, Count]:
-    """A row's part in prompt-level and in instruction-level accuracy; None leaves the instructions, its row the
-    prompts.
+    """What a row's verdicts add to prompt-level and to instruction-level accuracy.
+
+    A verdict of None leaves the instructions, and its row the prompts.
 
     >>> levels([True, False]), levels([True, None])
     (((False, 1), (1, 2)), ((0, 0), (1, 1)))
@@ -800,7 +738,7 @@ def flat_results(rows: list[dict], suite: str, official: bool, resamples: int) -
         metrics = [*METRICS_OF_VOTES[suite], "coverage"]
     results["bootstrap"] = resamples
     results["count"] = {metric: sum(n for _, n in column(counts, metric)) for metric in metrics}
-    return results | figures(counts, metrics, resamples, digits=17)
+    return results | figures(counts, metrics, resamples, digits=17)                # as precise as float64
 
 
 def tiny_results(rows: list[dict], resamples: int) -> dict:
@@ -1134,8 +1072,8 @@ def noises(folder: str | None) -> list[str]:
         return ["babble", "pink", "white"]
     found = [str(path) for path in Path(folder).glob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg")]
     if not found:
-        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of recordings, "
-                        "or null.")
+        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of "
+                        "recordings, or null.")
     return sorted(found)
 
 
@@ -1309,7 +1247,7 @@ def percent(figure: dict | None, metric: str) -> str:
     >>> percent({"WER": 0.613, "interval": {"WER": [0.559, 0.666]}}, "WER")
     '61.3 [56, 67]'
     """
-    if not figure or figure[metric] is None:
+    if not figure or figure.get(metric) is None:
         return "-"
     low, high = figure["interval"][metric]
     return f"{100 * figure[metric]:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
@@ -1323,22 +1261,25 @@ def print_aligned(rows: list[list[str]], left: int) -> None:
     """Rows of cells in columns, the first `left` of them flush left."""
     widths = [max(map(len, cells)) for cells in zip(*rows)]
     for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row[:left], widths)]
-        cells += [cell.rjust(width) for cell, width in zip(row[left:], widths[left:])]
+        cells = [row[i].ljust(width) if i < left else row[i].rjust(width) for i, width in enumerate(widths)]
         print("  ".join(cells))
 
 
 def print_scores(paths: list[Path], results: list[dict]) -> None:
     """Percent with 95 % intervals; closed-ended types of instruction one by one."""
+    titles = []
+    metrics = {}
     for path, found in zip(paths, results):
+        titles.append(path.name)
+        metrics |= found["count"]
         notes = [f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)]
         print(", ".join(notes), f"\n{path}.results.json and {path}.scored.jsonl are written.")
-    table = [["percent", *(path.name for path in paths)]]
     if "difference" in results[0]:
-        table[0].append("difference")
+        titles.append("difference")
         results = [*results, results[0]["difference"]]
-    for metric in results[0]["count"] | results[-1].get("count", {}):
-        table.append([metric, *(percent({metric: None} | found, metric) for found in results)])
+    table = [["percent", *titles]]
+    for metric in metrics:
+        table.append([metric, *(percent(found, metric) for found in results)])
     print_aligned(table, left=1)
 
 
@@ -1357,7 +1298,7 @@ def print_published(suite: str) -> None:
     print_aligned(table, left=2)
 
 
-def conditions_of(results: dict, suite: str) -> Iterator[tuple[str, dict | None, dict | None, dict]]:
+def conditions_of(results: dict, suite: str) -> Iterator[tuple]:
     """A suite's conditions but the floors: name, typed figures (or those of "standard"), spoken ones, gap."""
     conditions = results.get(suite, {})
     standard = conditions.get("standard", {})
@@ -1386,8 +1327,8 @@ def print_table(results: dict) -> None:
     print(results["warning"])
     print_aligned([list(COLUMNS), *table_rows(results)], left=2)
     print(f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing. "
-          "Floors: these answers against other prompts' instructions; the model fed silence; the answer of the "
-          "nearest training prompt.")
+          "Floors: these answers against other prompts' instructions; the model fed silence; the answer of "
+          "the nearest training prompt.")
 
 
 def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: dict) -> Path:
@@ -1411,7 +1352,7 @@ def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: d
 
 
 def bars(results: dict) -> list[dict]:
-    """Closed-ended conditions, typed beside spoken, in the chart's coordinates: y is 280 at 0 %, 40 at 100 %."""
+    """The chart's bars, typed beside spoken, in its coordinates: y is 280 at 0 %, 40 at 100 %."""
     conditions = list(conditions_of(results, "closed"))
     found = []
     for i, (condition, typed, spoken, _) in enumerate(conditions):
@@ -1419,15 +1360,15 @@ def bars(results: dict) -> list[dict]:
         for how, x, figure in (("typed", centre - 17, typed), ("spoken", centre + 17, spoken)):
             if figure:
                 share = figure["strict-prompt"]
-                shares = [share, *figure["interval"]["strict-prompt"]]
-                found.append({"condition": condition, "centre": centre, "how": how, "x": x,
-                              "percent": f"{100 * share:.0f}", "y": [round(280 - 240 * s, 1) for s in shares]})
+                heights = [280 - 240 * each for each in (share, *figure["interval"]["strict-prompt"])]
+                found.append({"condition": condition, "centre": centre, "how": how, "x": x, "y": heights,
+                              "percent": f"{100 * share:.0f}"})
     return found
 
 
 def breakdown(results: dict, field: str) -> list[list[str]]:
-    """Strict prompt-level accuracy of closed-ended rows by kind, constraint or variant: a table with a header,
-    one column for each condition and mode."""
+    """Strict prompt-level accuracy of closed-ended rows by kind, constraint or variant: a table with a
+    header, a column for each condition and mode."""
     columns = {}
     for condition, cell in results.get("closed", {}).items():
         for how in ("typed", "spoken", "floor"):
@@ -1476,7 +1417,78 @@ def page_row(row: dict, folder: Path, heard: dict[str, str]) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. How the official code reads a text: sentences, words, capitals, language
+# 8. Refusing rows that cannot be scored
+#
+# A row that lacks something would be scored wrongly or stop the scoring half-way. One sentence names the line
+# and what is missing there; the tables that say what rows must have stand at the end of this file.
+# --------------------------------------------------------------------------------------------------
+
+def check_row(row: object, where: str, suite: str = "tiny") -> None:
+    """Refuse a row that cannot be scored; UserError says `where` it stands."""
+    required = REQUIRED[suite]
+    for name, kind in required.items():
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            raise UserError(f"{where} has no {name} of type {kind.__name__}; every row needs "
+                            f"{', '.join(required)}.")
+    for name in TEXT_OR_NULL[suite]:
+        if not isinstance(row.get(name), str | None):
+            raise UserError(f"{where}: {name} must be text, or null where there is none.")
+    if suite == "closed":
+        check_instructions(row, where, "closed")
+    if suite == "tiny":
+        check_tiny_row(row, where)
+
+
+def check_tiny_row(row: dict, where: str) -> None:
+    suite = row["suite"]
+    if suite not in NEEDED:
+        raise UserError(f"{where} has the unknown suite {suite!r}; valid ones are {', '.join(NEEDED)}.")
+    needed, kind = NEEDED[suite]
+    if not isinstance(row.get(needed), kind):
+        raise UserError(f"{where} has no {needed}, which rows of {suite} need; keep the fields of "
+                        "prompts.jsonl.")
+    check_instructions(row, where)
+    if kind is dict:
+        check_instructions(row[needed], f"{where}, {needed}")
+
+
+def check_instructions(checks: dict, where: str, rules: str = "tiny") -> None:
+    """Refuse names that RULES[rules] lacks, and arguments that are not the check's own.
+
+    checks: a row, or a part of one with `instruction_id_list` and `kwargs`.
+    """
+    names = checks.get("instruction_id_list")
+    kwargs = checks.get("kwargs")
+    lists = isinstance(names, list) and isinstance(kwargs, list)
+    if not lists or len(names) != len(kwargs) or (names == [] and rules != "tiny"):
+        raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not "
+                        "empty.")
+    for name, arguments in zip(names, kwargs):
+        if not isinstance(name, str) or name not in RULES[rules]:
+            near = synth.nearest(name, RULES[rules])
+            raise UserError(f"{where} has the unknown instruction {name!r}; {near}.")
+        _, *wanted = inspect.signature(RULES[rules][name]).parameters       # the first is the text
+        if not isinstance(arguments, dict) or not_null(arguments).keys() != set(wanted):
+            raise UserError(f"{where}: kwargs of {name} must be {{{', '.join(wanted)}}}, not {arguments!r}.")
+        for key in wanted:
+            check_argument(arguments[key], key, f"kwargs.{key} of {name}", where)
+
+
+def check_argument(value: object, key: str, name: str, where: str) -> None:
+    """Refuse an argument of a wrong type: in ARGUMENTS, or text. True is no number."""
+    kind = ARGUMENTS.get(key, str)
+    demanded = [(value, kind)]
+    if kind is list and type(value) is list:
+        demanded += [(item, str) for item in value]
+    for item, right in demanded:
+        if type(item) is not right:
+            raise UserError(f"{name} in {where} must be {right.__name__}, not {item!r}.")
+    if key.endswith("relation") and value not in ("less than", "at least"):
+        raise UserError(f"{where}: {name} must be 'less than' or 'at least'.")
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. How the official code reads a text: sentences, words, capitals, language
 #
 # Counting is the whole of some checks, so it is done as the official code does it. Its sentence model,
 # nltk's, is a download: where it is missing a rule stands in, which seldom counts otherwise.
@@ -1548,7 +1560,7 @@ def language_of(text: str) -> str | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. The command line
+# 10. The command line
 #
 # A benchmark continues where it was interrupted, and refuses to go on in a folder that other settings or
 # another model have begun; `score=` reads files of rows and writes its results beside them.
@@ -1633,8 +1645,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"There is no suite {c.suite!r}; valid ones are {', '.join(REQUIRED)}.")
     tiny = c.suite == "tiny"
     if (not tiny and c.score is None) or (tiny and (c.official or c.published)):
-        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published need "
-                        "these suites.")
+        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published "
+                        "need these suites.")
     if c.score is None:
         benchmark(c)
     else:
@@ -1649,8 +1661,8 @@ def main(arguments: list[str]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 # The fields with which a prompt is written, in their order.
-FIELDS = """key suite condition lang prompt audio_path instruction_id_list kwargs decomposed_questions reference
-    item kind constraint withdrawn decomposed_checks voice noise variant""".split()
+FIELDS = """key suite condition lang prompt audio_path instruction_id_list kwargs decomposed_questions
+    reference item kind constraint withdrawn decomposed_checks voice noise variant""".split()
 
 # What every row needs to be scored under suite=…, and what a row of the tiny suite needs most, by its suite.
 CHECKED = {"prompt": str, "instruction_id_list": list, "kwargs": list}
@@ -1674,7 +1686,7 @@ ARGUMENTS = dict.fromkeys(("forbidden_words", "keywords", "words"), list) | dict
     """capital_frequency count frequency let_frequency nth_paragraph num_bullets num_highlights num_paragraphs
     num_placeholders num_sections num_sentences num_words""".split(), int)
 
-# The figures of suite=closed, and of the suites that a judge scores; what he is asked about an adjustment row.
+# The figures of suite=closed, and of the suites that a judge scores; what he is asked of an adjustment row.
 METRICS = ("strict-prompt", "strict-instruction", "loose-prompt", "loose-instruction", "mean-prompt",
            "mean-instruction")
 METRICS_OF_VOTES = {"open": ("prompt", "instruction"), "adjustment": ("IAR", "ECR")}
@@ -1695,13 +1707,13 @@ CODES = {"zh": ("zh-cn", "zh-tw")}
 
 # For counting sentences without nltk's model. After an abbreviation a sentence ends only before a word that
 # often starts one; "v" and "x" are rather numerals than initials.
-ABBREVIATIONS = set("""al approx apr aug ca capt cf co col corp dec dept dr est etc feb fig ft gen gov hon inc jan
-    jr lt ltd mr mrs ms mt no nov oct prof rep rev sen sept sgt sr st v vol vs x""".split())
-STARTERS = set("""a after all also an and as at before but do during each every first for from he her here his how
-    however i if in it its let my no now on once one our please remember she so some that the their then there
+ABBREVIATIONS = set("""al approx apr aug ca capt cf co col corp dec dept dr est etc feb fig ft gen gov hon
+    inc jan jr lt ltd mr mrs ms mt no nov oct prof rep rev sen sept sgt sr st v vol vs x""".split())
+STARTERS = set("""a after all also an and as at before but do during each every first for from he her here
+    his how however i if in it its let my no now on once one our please remember she so some that the their then there
     these they this those to we what when where which while who why with yes you your""".split())
 
-# A mark that may end a sentence: the word before it, the mark, closing marks (more may follow), the next word.
+# A mark that may end a sentence: the word before, the mark, closing marks (more may follow), the word after.
 SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]{0,40}?)(\.{2,}|[.?!])([.?!)\]}"']*)(?!["')\]}\s]*$)"""
                            r"""(?:\s+|(?=\*)|(?<=["')\]}])(?=[^\w\s]))(?=[^\w\s]*(\w*))""")
 
@@ -1744,8 +1756,8 @@ WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stan
 PUBLISHED = Path(__file__).with_name("results") / "published.tsv"
 PUBLISHED_COLUMNS = {"closed": slice(2, 12), "open": slice(12, 14), "adjustment": slice(14, 16)}
 
-# The figures at the head of the page: suite, mode, metric; and the bytes of base64 audio that it may hold, for
-# a page beyond 15 MB opens slowly.
+# The figures at the head of the page: suite, mode, metric; and the bytes of base64 audio that it may hold,
+# for a page beyond 15 MB opens slowly.
 HEADLINES = (
     ("closed", "typed", "strict-prompt"),
     ("closed", "spoken", "strict-prompt"),
@@ -1762,12 +1774,14 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 76em; margin: 2em auto; 
 .figures { display: flex; flex-wrap: wrap; gap: 1em } .figures b { display: block; font-size: 1.25em }
 .figures div { background: #f3f5f8; border-radius: .5em; padding: .6em 1em }
 svg { width: 100%; max-width: 52em; font-size: 12px; font-family: inherit }
-.grid { stroke: #ddd } .whisker { stroke: #222; fill: none } .typed { fill: #a9b4c2 } .spoken { fill: #2f6fb3 }
+.grid { stroke: #ddd } .whisker { stroke: #222; fill: none }
+.typed { fill: #a9b4c2 } .spoken { fill: #2f6fb3 }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85em }
 td, th { padding: .25em .7em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
 td:first-child, th:first-child { text-align: left } section { border-top: 1px solid #ccc; padding: .5em 0 }
 section p { margin: .2em 0; white-space: pre-wrap } section small { color: #667 } .ask { font-weight: 600 }
-audio { height: 2em; width: 19em; vertical-align: middle; margin-left: 1em } p b { color: #888; font-weight: 400 }
+audio { height: 2em; width: 19em; vertical-align: middle; margin-left: 1em }
+p b { color: #888; font-weight: 400 }
 .yes, .no { border-radius: .4em; padding: .05em .5em; margin-right: .5em; font-size: .85em }
 .yes { background: #dff1e0 } .no { background: #f8dcda } summary { cursor: pointer; color: #456 }</style>
 {%- macro table_of(rows) %}
@@ -1793,7 +1807,7 @@ the spoken adjustment, open-ended and transcription figures. ECR and WER: lower 
 <line x1="50" x2="760" y1="{{ 280 - 2.4 * percent }}" y2="{{ 280 - 2.4 * percent }}" class="grid"/>
 <text x="42" y="{{ 284 - 2.4 * percent }}" text-anchor="end">{{ percent }}</text>
 {%- endfor %}
-{%- for bar in bars %}{% set top, low, high = bar.y %}
+{%- for bar in bars %}{% set top, low, high = bar.y | map("round", 1) %}
 <rect class="{{ bar.how }}" x="{{ bar.x - 15 }}" y="{{ top }}" width="30" height="{{ 280 - top }}"/>
 <path class="whisker" d="M{{ bar.x }} {{ low }}V{{ high }}m-4 0h8M{{ bar.x - 4 }} {{ low }}h8"/>
 <text x="{{ bar.x }}" y="{{ high - 5 }}" text-anchor="middle">{{ bar.percent }}</text>
@@ -1813,7 +1827,8 @@ the model fed silence, and the answer of the nearest training prompt. {{ results
 <details><summary>By noise, accent and style</summary>{{ table_of(breakdowns.variant) }}</details>
 <h2>Rows</h2><p>The first {{ groups | map("length") | max }} of every condition, or as many as it has; all are
 in answers.jsonl. <select id="condition"><option>all conditions</option></select>
-<select id="verdict"><option>all verdicts</option><option>followed</option><option>not followed</option></select>
+<select id="verdict"><option>all verdicts</option><option>followed</option>
+<option>not followed</option></select>
 <span id="count"></span></p>
 {%- for group in groups %}{% for row in group if row %}
 <section data-condition="{{ row.suite }}: {{ row.condition }}, {{ row.mode }}"
