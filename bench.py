@@ -33,9 +33,9 @@ Its fields, from the prompt to the verdicts; other systems' rows need those with
 
 The way of the rows through this file, and the functions that take each step:
 
-    test split  ->  prompts.jsonl, audio/  ->  answers.jsonl  ->  scored rows  ->  results.json  ->  the page
-     draw_rows          make_prompts             ask_rows          verdicts       contributions    write_report
-                                                                                  figures
+    test split -> prompts.jsonl, audio/ -> answers.jsonl -> scored rows -> results.json  -> the page
+    draw_rows     make_prompts             ask_rows         verdicts       contributions    write_report
+                                                                           figures
 
     python bench.py                                                 benchmark the run: runs/<run>/bench/
     python bench.py run=asr                                         another run
@@ -1710,8 +1710,8 @@ CODES = {"zh": ("zh-cn", "zh-tw")}
 ABBREVIATIONS = set("""al approx apr aug ca capt cf co col corp dec dept dr est etc feb fig ft gen gov hon
     inc jan jr lt ltd mr mrs ms mt no nov oct prof rep rev sen sept sgt sr st v vol vs x""".split())
 STARTERS = set("""a after all also an and as at before but do during each every first for from he her here
-    his how however i if in it its let my no now on once one our please remember she so some that the their then there
-    these they this those to we what when where which while who why with yes you your""".split())
+    his how however i if in it its let my no now on once one our please remember she so some that the their
+    then there these they this those to we what when where which while who why with yes you your""".split())
 
 # A mark that may end a sentence: the word before, the mark, closing marks (more may follow), the word after.
 SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]{0,40}?)(\.{2,}|[.?!])([.?!)\]}"']*)(?!["')\]}\s]*$)"""
