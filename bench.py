@@ -475,8 +475,11 @@ def strict_and_loose(response: str, checks: dict, rules: str) -> dict[str, list[
     >>> strict_and_loose("Sure, here:\\nIt is red.", checks, "closed")
     {'strict': [False], 'loose': [True]}
     """
-    variants = dict.fromkeys(loose_variants(response))                # some are often the same text
-    judged = [follows(text, checks, rules) for text in variants]
+    judged = []
+    for text in dict.fromkeys(loose_variants(response)):              # some are often the same text
+        judged.append(follows(text, checks, rules))
+        if all(judged[-1]):            # the others cannot change that, and telling a language is slow
+            break
     loose = [None if None in column else any(column) for column in zip(*judged)]
     return {"strict": judged[0], "loose": loose}
 
