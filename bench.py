@@ -1,43 +1,72 @@
 """A small SpeechInstructBench: does the model do what it is told aloud as well as what it is told in writing?
 
-    prompt    "what colour is the sun, in capital letters"        typed, and spoken under five conditions
-    response  "IT IS YELLOW."
-    checks    change_case:english_capital {}                      followed: yes
-              tiny:answer {"kind": "colour", "words": ["yellow"]} followed: yes
-    figures   share of prompts with every check followed (prompt-level), share of checks (instruction-level)
+A row is one prompt, asked in one way, and what became of it; a file of rows has one JSON object a line.
 
-A prompt's way through this file:
+    prompt    what colour is the sun, in capital letters            typed, or spoken under one of 5 conditions
+    response  IT IS YELLOW.
+    checks    change_case:english_capital {}                        strict: followed    loose: followed
+              tiny:answer {"kind": "colour", "words": ["yellow"]}   strict: followed    loose: followed
 
-    tiny world's test split -> prompts.jsonl, audio/*.flac -> answers.jsonl -> scored rows -> results.json, report.html
+Its fields, from the prompt to the verdicts; other systems' rows need those with a star, or pred_score:
 
-    python bench.py                           benchmark the run: runs/<run>/bench/
-    python bench.py run=asr                   another run
-    python bench.py score=FILE.jsonl suite=tiny         score rows that are answered already, of any system
-    python bench.py score=FILE.jsonl suite=closed       answers to SpeechInstructBench itself; official=true as officially
+    key                     the row's name: closed-0004-accent-spoken; in two files, what pairs their rows
+    suite                   closed (one right answer), adjustment (the speaker corrects himself), open (many
+                            right answers), transcription (to be written down)
+    condition               standard, background noise, accent, paralinguistic, disfluency, or a floor
+    lang
+    prompt *                what is asked
+    audio_path              the prompt spoken, a FLAC beside prompts.jsonl; null when it is typed
+    instruction_id_list *   the names of the checks
+    kwargs *                their arguments, an object for each check
+    decomposed_questions    open: yes/no questions about the answer
+    reference               a right answer
+    item, kind, constraint  where the prompt comes from; rows that ask the same share their item
+    withdrawn               adjustment: the checks of what the speaker took back
+    decomposed_checks       open: the checks that answer decomposed_questions
+    voice, noise, variant, seconds        how a prompt is spoken
+    nearest, decoding       how an answer was made: the training prompt whose answer it is, or the model's way
+    response *, truncated   the answer, null or absent where there is none; whether it ran into the limit
+    pred_score              verdicts on decomposed_questions, or the votes of a judge
+    strict, loose           a verdict for each check: true, false, or null where none can be given
+    withdrawn_strict        the same for the checks in `withdrawn`
+    majority, votes, malformed, ties      of a judge's votes, in place of strict and loose
 
-Every figure is computed from answers.jsonl alone by `score_rows`, the function behind `score=`.
+The way of the rows through this file, and the functions that take each step:
+
+    test split -> prompts.jsonl, audio/ -> answers.jsonl -> scored rows -> results.json  -> the page
+    draw_rows     make_prompts             ask_rows         verdicts       contributions    write_report
+                                                                           figures
+
+    python bench.py                                                 benchmark the run: runs/<run>/bench/
+    python bench.py run=asr                                         another run
+    python bench.py score=FILE.jsonl                                score answered rows of the tiny suite
+    python bench.py score=FILE.jsonl suite=closed                   answers to SpeechInstructBench itself
+    python bench.py score=FILE.jsonl suite=closed official=true     the same, judged as its own evaluator does
+    python bench.py score=OURS.jsonl,THEIRS.jsonl suite=closed      two systems and their difference
+
+Every figure is computed from answered rows alone, by the functions behind `score=`.
 """
-from __future__ import annotations
-
 import ast
 import base64
 import collections
-import dataclasses
+import concurrent.futures
 import functools
 import hashlib
-import html
 import inspect
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
 import shutil
 import string
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from types import ModuleType
 
+import jinja2
 import numpy as np
 import soundfile
 import torch
@@ -48,325 +77,32 @@ import inserter
 import synth
 from synth import RATE, UserError
 
-
 # --------------------------------------------------------------------------------------------------
-# 1. Checks: was an instruction followed?
+# 1. What a row is, and reading rows
 #
-# Tables of small functions under the instruction ids of SpeechInstructBench, which are IFEval's with Chinese
-# added; the arguments are the row's `kwargs`. CHECKS are the benchmark's 25 types as they should be, OFFICIAL
-# the same with the official evaluator's faults, TINY those of the tiny suite: its answers are a few words
-# long, too short to tell their language, and the ids `tiny:` judge the content, which the tiny world knows.
-# Obeying "in capital letters" with a wrong answer is not obeying.
+# Rows come from this script or from anybody's system. Nothing is scored before every line has been found
+# right, and nothing is written before everything is scored.
 # --------------------------------------------------------------------------------------------------
 
-def words_of(text: str) -> list[str]:
-    """Lower-cased words without punctuation: "P.S. It's RED!" -> ["p", "s", "it's", "red"]."""
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
+CONDITIONS = ("standard", "background noise", "accent", "paralinguistic", "disfluency")
+SILENCE = "floor: silence"
+NEAREST = "floor: nearest training prompt"
+FLOORS = (SILENCE, NEAREST)
 
 
-def unmarked(text: str) -> str:
-    """Lower-cased, without any punctuation mark, English or Chinese."""
-    return text.strip().lower().translate(dict.fromkeys(map(ord, string.punctuation + "，。！？；：“”‘’（）—【】《》〈〉、·")))
+def mode(row: dict) -> str:
+    """How a row is asked: typed, spoken, or not at all (a floor)."""
+    if row["condition"] in FLOORS:
+        return "floor"
+    return "spoken" if row.get("audio_path") else "typed"
 
 
-def compare(count: int, relation: str, limit: int) -> bool:
-    return count < limit if relation == "less than" else count >= limit
+def jsonl(rows: list[dict]) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
-
-def hits(pattern: str, text: str) -> int:
-    return len(re.findall(pattern, text, re.I))
-
-
-@functools.cache
-def punkt():
-    """The package nltk where it stands with its English sentence model, which the official code uses; else None."""
-    try:
-        import nltk                    # here: only scoring needs it, and only if it is installed
-        return nltk if nltk.sent_tokenize(".") else None
-    except (ImportError, LookupError):
-        return None
-
-
-def ends_sentence(mark: re.Match) -> bool:
-    """Whether a SENTENCE_MARK ends a sentence: not after "e.g.", an initial, or "3." before a small letter."""
-    word, dots, closing, after = mark.groups()
-    word, capital = word.lower().lstrip("*'_-"), after[:1].isupper()
-    if dots != "." or re.search("[.?!]", closing):
-        return capital or not dots.startswith("..")
-    if word in ABBREVIATIONS or re.fullmatch(r"(?!p\.(p\.)?s)([a-z]\.)+[a-z]", word):
-        return capital and after.lower() in STARTERS or word == "etc" and after[:1].isdigit()
-    if re.fullmatch("[a-z]", word):    # an initial, unless it numbers a line: "A. Apples"
-        return capital and (after.lower() in STARTERS or not mark.string[:mark.start()].rpartition("\n")[2].strip())
-    return not (re.fullmatch(r"[\d.,-]+", word) and after[:1].islower())
-
-
-def sentence_count(text: str) -> int:
-    """Sentences: between 。！ and ？ as soon as one character is Chinese, else as nltk's model or our rule finds them.
-
-    >>> sentence_count("Dr. Mo is in. Is he? Yes, since 3.5 hours.")
-    3
-    """
-    if re.search(CHINESE, text):
-        return sum(bool(piece.strip()) for piece in re.split("[。！？]", text))
-    if punkt():
-        return len(punkt().sent_tokenize(text))
-    return bool(text.strip()) + sum(map(ends_sentence, SENTENCE_MARK.finditer(text.strip())))
-
-
-def word_count(text: str) -> int:
-    """Words, or Chinese characters as soon as there is one."""
-    return len(re.findall(CHINESE, text)) or len(re.findall(r"\w+", text))
-
-
-def capital_words(text: str) -> int:
-    """Words in capitals, cut up as the Penn Treebank does: "CAN'T STOP" has three, CA, N'T and STOP."""
-    if punkt():
-        return sum(word.isupper() for word in punkt().word_tokenize(text))
-    pieces = re.split(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""", CONTRACTION.sub(" ", text))
-    return sum(piece.isupper() for piece in pieces)
-
-
-@functools.lru_cache(maxsize=8192)     # the loose variants of an answer are often the same text
-def language_of(text: str) -> str | None:
-    """The text's language as langdetect names it (zh-cn, zh-tw), always the same; None where it finds none."""
-    import langdetect                  # here: only the closed-ended suite needs it
-    langdetect.DetectorFactory.seed = 0
-    try:
-        return langdetect.detect(text)
-    except langdetect.LangDetectException:
-        return None
-
-
-def is_json(text: str) -> bool:
-    """JSON, with or without a fence around it."""
-    fenced = re.fullmatch("(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?(.*?)(?:```)?", text.strip(), re.S)
-    try:
-        json.loads(fenced[1].strip())
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def between(divider: str, text: str) -> list[str]:
-    """The texts between dividers (a pattern); nothing if any is empty but the very first and last."""
-    parts = [part.strip() for part in re.split(divider, text)]
-    return [part for part in parts if part] if all(parts[1:-1]) else []
-
-
-def two_responses(response: str) -> bool:
-    """Two different texts with six asterisks between them."""
-    parts = between(r"\*{6}", response)
-    return len(parts) == 2 and parts[0] != parts[1]
-
-
-def highlights(text: str) -> int:
-    """Non-empty *sections* and **sections**; the latter count twice where a single asterisk also encloses text."""
-    return (sum(bool(found.strip("*").strip()) for found in re.findall(r"\*[^\n*]*\*", text))
-            + sum(bool(found[2:-2].strip()) for found in re.findall(r"\*\*[^\n*]*\*\*", text)))
-
-
-def nth_paragraph_starts(response: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs stand between empty lines; of one with Chinese in it the first word is a prefix."""
-    parts, word = [part.strip() for part in response.split("\n\n")], first_word.lower()
-    if sum(map(bool, parts)) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
-        return False
-    if re.search(CHINESE, paragraph := parts[nth_paragraph - 1]) or not paragraph:
-        return bool(paragraph) and paragraph.startswith(word)
-    return re.split("[.,?!'\"。，？！‘“”]", paragraph.split()[0].lstrip("'").lstrip('"'))[0].lower() == word
-
-
-@functools.cache
-def domain(kind: str) -> set[str]:
-    """All words that answer some instruction of a kind of the tiny world."""
-    return set(synth.FACTS[kind].values() if kind in synth.FACTS else
-               synth.NUMBERS if kind in ("sum", "count") else synth.NOUNS)
-
-
-@functools.cache
-def known_words() -> set[str]:
-    """Everything that the tiny world has a name for."""
-    return set(synth.NOUNS).union(*synth.GROUPS.values(), *map(domain, synth.FACTS))
-
-
-def named(response: str, words: Iterable[str]) -> list[str]:
-    """Those words of the response that are among `words`, in order."""
-    return [word for word in words_of(response) if word in words]
-
-
-def facts(response: str) -> set[tuple[str, str, str]]:
-    """The facts that a response states, true or not: {("sound", "dog", "woof")} of "The dog says woof."."""
-    text, word = " ".join(words_of(response)), r"(\w+)"
-    return {(kind, x, y) for kind in ("baby", "sound", "home", "food", "colour")
-            for x, y in re.findall(synth.KINDS[kind]["fact"].rstrip(".").format(x=word, y=word), text)}
-
-
-CHECKS: dict[str, Callable[..., bool]] = {
-    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
-        compare(capital_words(text), capital_relation, capital_frequency),
-    "change_case:english_capital": lambda text: text.isupper() and language_of(text) == "en",
-    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) == "en",
-    "combination:repeat_prompt": lambda text, prompt_to_repeat:
-        text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
-    "combination:two_responses": two_responses,
-    "detectable_content:number_placeholders": lambda text, num_placeholders:
-        len(re.findall(r"[\[【].*?[\]】]", text)) >= num_placeholders,
-    "detectable_content:postscript": lambda text, postscript_marker:          # any postscript will do, or the marker
-        bool(re.search(rf"\bps\b|\bp\.\s*s\.|\b{re.escape(postscript_marker.strip().lower())}\b", text.lower())),
-    "detectable_format:constrained_response": lambda text: any(option in text for option in OPTIONS),
-    "detectable_format:json_format": is_json,
-    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
-        len(re.split(rf"\s?{section_spliter}\s?\d+\s?", text)) > num_sections,
-    "detectable_format:number_bullet_lists": lambda text, num_bullets: num_bullets == sum(
-        len(re.findall(pattern, text, re.M)) for pattern in (r"^\s*\*[^*].*$", r"^\s*-.*$")),
-    "detectable_format:number_highlighted_sections": lambda text, num_highlights: highlights(text) >= num_highlights,
-    "detectable_format:title": lambda text: any(title.lstrip("<").rstrip(">").strip() for title in
-        re.findall(r"<<[^\n]+>>", text.replace("《", "<<").replace("》", ">>"))),
-    "keywords:existence": lambda text, keywords: all(hits(word, text) for word in keywords),
-    "keywords:forbidden_words": lambda text, forbidden_words: not any(         # \b knows no Chinese words
-        word in text or hits(rf"\b{re.escape(word)}\b", text) for word in forbidden_words),
-    "keywords:frequency": lambda text, keyword, frequency, relation: compare(hits(keyword, text), relation, frequency),
-    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
-        compare(text.lower().count(letter.lower()), let_relation, let_frequency),
-    "language:response_language": lambda text, language: language_of(text) in CODES.get(language, (language,)),
-    "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
-    "length_constraints:number_paragraphs": lambda text, num_paragraphs: len(between(r"\*{3}", text)) == num_paragraphs,
-    "length_constraints:number_sentences": lambda text, relation, num_sentences:
-        compare(sentence_count(text), relation, num_sentences),
-    "length_constraints:number_words": lambda text, relation, num_words: compare(word_count(text), relation, num_words),
-    "punctuation:no_comma": lambda text: not re.search("[,，]", text),
-    "startend:end_checker": lambda text, end_phrase: unmarked(text).endswith(unmarked(end_phrase)),
-    "startend:quotation": lambda text: bool(re.fullmatch(r'\s*["“].*["”]\s*', text, re.S)),
-}
-
-# The official code passes text whose language cannot be told.
-OFFICIAL = CHECKS | {
-    "change_case:english_capital": lambda text: text.isupper() and language_of(text) in ("en", None),
-    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) in ("en", None),
-    "language:response_language": lambda text, language: language_of(text) in (language, None),
-}
-
-TINY = CHECKS | {
-    "change_case:english_capital": str.isupper,
-    "change_case:english_lowercase": str.islower,
-    "startend:end_checker": lambda text, end_phrase: text.lower().strip(MARKS).endswith(end_phrase.lower().strip(MARKS)),
-    "keywords:forbidden_words": lambda response, forbidden_words:
-        not any(hits(rf"\b{re.escape(word)}\b", response) for word in forbidden_words),
-    "length_constraints:number_sentences": lambda response, relation, num_sentences:
-        compare(len(synth.sentences(response)), relation, num_sentences),
-    "detectable_content:postscript": lambda response, postscript_marker:
-        bool(re.search(r"\.\s?".join(re.findall(r"\w", postscript_marker.lower())), response.lower())),
-    # The words of the kind's domain are exactly those expected, in order: naming all colours, or counting on, fails.
-    "tiny:answer": lambda response, kind, words: named(response, domain(kind)) == words,
-    "tiny:count": lambda response, group, count: len(set(named(response, synth.GROUPS[group]))) == count,
-    "tiny:group": lambda response, group: [] != named(response, known_words()) == named(response, synth.GROUPS[group]),
-    "tiny:different": lambda response, group:
-        0 < len(named(response, synth.GROUPS[group])) == len(set(named(response, synth.GROUPS[group]))),
-    "tiny:list": lambda response, group, count: TINY["tiny:count"](response, group, count)
-        and TINY["tiny:group"](response, group) and TINY["tiny:different"](response, group),
-    "tiny:two_facts": lambda response, about:
-        sum(x == about and synth.FACTS[kind].get(x) == y for kind, x, y in facts(response)) >= 2,
-    "tiny:true": lambda response, about: facts(response) != set() and all(
-        x == about and synth.FACTS[kind].get(x, y) == y for kind, x, y in facts(response)),
-    "tiny:facts": lambda response, about: TINY["tiny:two_facts"](response, about)
-        and TINY["tiny:true"](response, about),
-}
-
-
-def given(arguments: dict, official: bool = False) -> dict:
-    """Arguments without those that are null: the official files give every instruction all names, most of them null.
-
-    Words that checks look for become patterns that match them as they stand; the official code takes them for patterns.
-    """
-    pattern = str if official else re.escape
-    return {name: value if name not in ("keyword", "keywords", "section_spliter") else
-            pattern(value.strip()) if isinstance(value, str) else [pattern(word) for word in value]
-            for name, value in arguments.items() if value is not None}
-
-
-def scorable(arguments: dict, official: bool) -> bool:
-    """Whether an instruction with these arguments has a definite verdict.
-
-    The official code drops arguments that are 0 or empty, and for these, as for negative numbers, for a letter outside
-    a-z and for a paragraph beyond the last, it draws others at random; at a language it does not list it stops.
-    """
-    if not official:
-        return arguments.get("language", "en") in (LANGUAGES + DETECTED).split()
-    negative = [k for k, v in arguments.items() if isinstance(v, int) and v < 0 and k != "capital_frequency"]
-    return (all(arguments.values()) and not negative and arguments.get("language", "en") in LANGUAGES.split()
-            and re.fullmatch("[a-z]", arguments.get("letter", "a").lower()) is not None
-            and arguments.get("nth_paragraph", 0) <= arguments.get("num_paragraphs", 0))
-
-
-def verdict(texts: Iterable[str], name: str, arguments: dict, official: bool) -> bool | None:
-    """Whether any of the texts follows the instruction, by OFFICIAL or by CHECKS; None where it cannot be scored."""
-    check, arguments = (OFFICIAL if official else CHECKS)[name], given(arguments, official)
-    try:
-        return any(check(text, **arguments) for text in texts if text.strip()) if scorable(arguments, official) else None
-    except re.error:                   # the official code stops at a keyword that is no regular expression
-        return None
-
-
-def closed_verdicts(row: dict, official: bool) -> dict:
-    """A closed-ended row with `strict` and `loose`: True, False or None per instruction.
-
-    Without a response nothing is followed; the official code leaves such a row out.
-    """
-    ids, response = row["instruction_id_list"], row.get("response")
-    if response is None:
-        return row | {how: [None if official else False] * len(ids) for how in ("strict", "loose")}
-    response = re.sub(r"^<[123]>([\s\S]*)", lambda marked: marked[1].strip(), response)       # as the official code does
-    texts = {"strict": [response], "loose": list(dict.fromkeys(loose_variants(response)))}
-    return row | {how: [verdict(texts[how], name, arguments, official) for name, arguments in zip(ids, row["kwargs"])]
-                  for how in texts}
-
-
-def follows(response: str, ids: list[str], kwargs: list[dict]) -> list[bool]:
-    """One verdict per instruction. Of two responses the content must be right in each.
-
-    >>> follows("It is yellow.", ["change_case:english_capital", "tiny:answer"],
-    ...         [{}, {"kind": "colour", "words": ["yellow"]}])
-    [False, True]
-    """
-    pieces = [response]
-    if "combination:two_responses" in ids:
-        pieces = [piece for piece in response.split("******") if piece.strip()] or [response]
-    return [bool(response.strip()) and all(TINY[name](piece, **given(arguments)) for piece in
-            (pieces if name.startswith("tiny:") else [response])) for name, arguments in zip(ids, kwargs)]
-
-
-def loose_variants(response: str) -> list[str]:
-    """IFEval's eight: as it is, without the first line, the last, both; and these without asterisks."""
-    lines = response.split("\n")
-    cut = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
-    return cut + [text.replace("*", "") for text in cut]
-
-
-def verdicts(row: dict) -> dict:
-    """A row with its verdicts: `strict` and `loose` (one per instruction), `withdrawn_strict` (adjustment: the checks
-    of what the speaker took back), `pred_score` (open-ended: one per decomposed question). No response: all False."""
-    response = row.get("response") or ""
-
-    def judge(checks: dict, text: str) -> list[bool]:
-        return follows(text, checks["instruction_id_list"], checks["kwargs"])
-
-    row = row | {"strict": judge(row, response),
-                 "loose": [any(column) for column in zip(*(judge(row, text) for text in loose_variants(response)))]}
-    if row.get("suite") == "adjustment":
-        row["withdrawn_strict"] = judge(row["withdrawn"], response)
-    if row.get("suite") == "open":
-        row["pred_score"] = judge(row["decomposed_checks"], response)
-    return row
-
-
-# --------------------------------------------------------------------------------------------------
-# 2. Reading rows
-#
-# Rows come from this script or from anybody's system, one JSON object per line. Nothing is scored before
-# every line has been found right, and nothing is written before everything is scored.
-# --------------------------------------------------------------------------------------------------
 
 def once(pairs: list[tuple[str, object]]) -> dict:
-    """JSON object with every name once; json alone would keep the last and drop the others."""
+    """A JSON object with every name once; json alone would keep the last and drop the others."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError("a field is named twice")
     return dict(pairs)
@@ -380,1007 +116,1753 @@ def read_rows(path: Path, suite: str = "tiny") -> list[dict]:
         raise UserError(f"{path} cannot be read ({error.strerror}); name a file of answered rows.") from None
     rows = []
     for number, line in enumerate(lines, 1):
+        where = f"{path} line {number}"
         try:
-            rows.append(json.loads(line.decode("utf-8"), object_pairs_hook=once))
-            json.dumps(rows[-1], ensure_ascii=False).encode()         # half of a surrogate pair could not be written
-        except (ValueError, RecursionError) as error:                 # JSON's and UTF-8's errors are ValueErrors
-            raise UserError(f"{path} line {number} is not JSON in UTF-8 ({error}); mend or remove it.") from None
-        check_row(rows[-1], f"{path} line {number}", suite)
+            row = json.loads(line.decode("utf-8"), object_pairs_hook=once)
+            json.dumps(row, ensure_ascii=False).encode()    # half of a surrogate pair could not be written
+        except (ValueError, RecursionError) as error:       # JSON's and UTF-8's errors are ValueErrors
+            raise UserError(f"{where} is not JSON in UTF-8 ({error}); mend or remove it.") from None
+        check_row(row, where, suite)
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no rows; give a file with one JSON object per line.")
-    if suite in ("open", "adjustment") and all(row.get("pred_score") is None for row in rows):
-        raise UserError(f"{path} has no row with pred_score, the votes of a judge, by which suite={suite} is scored.")
+    if suite in METRICS_OF_VOTES and all(row.get("pred_score") is None for row in rows):
+        raise UserError(f"{path} has no row with pred_score, the votes of a judge, by which suite={suite} is "
+                        "scored.")
     return rows
 
 
-def check_row(row, where: str, suite: str = "tiny") -> None:
-    """Refuse a row that cannot be scored."""
-    for name, kind in SUITES[suite].items():
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise UserError(f"{where} has no {name} of type {kind.__name__}; every row needs {', '.join(SUITES[suite])}.")
-    for name in ("response", "audio_path", "item", "kind", "constraint", "variant")[:None if suite == "tiny" else 1]:
-        if not isinstance(row.get(name), str | None):
-            raise UserError(f"{where}: {name} must be text, or null where there is none.")
-    if suite != "tiny":
-        return check_instructions(row, where, CHECKS) if suite == "closed" else None
-    if row["suite"] not in NEEDS:
-        raise UserError(f"{where} has the unknown suite {row['suite']!r}; valid ones are {', '.join(NEEDS)}.")
-    if (need := NEEDS[row["suite"]]) and not isinstance(row.get(need), str if need == "reference" else dict):
-        raise UserError(f"{where} has no {need}, which rows of {row['suite']} need; keep the fields of prompts.jsonl.")
-    check_instructions(row, where)
-    if need and need != "reference":
-        check_instructions(row[need], f"{where}, {need}")
-
-
-def check_instructions(checks: dict, where: str, table: dict[str, Callable] = TINY) -> None:
-    """Ids that the table knows, one dict of arguments each, of the types that ARGUMENTS lists."""
-    ids, kwargs = checks.get("instruction_id_list"), checks.get("kwargs")
-    if not isinstance(ids, list) or not isinstance(kwargs, list) or len(ids) != len(kwargs) or not (ids or table is TINY):
-        raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not empty.")
-    for name, arguments in zip(ids, kwargs):
-        if not isinstance(name, str) or name not in table:
-            raise UserError(f"{where} has the unknown instruction {name!r}; {synth.nearest(name, table)}.")
-        _, *wanted = inspect.signature(table[name]).parameters        # the first is the response
-        if not isinstance(arguments, dict) or {k for k, v in arguments.items() if v is not None} != set(wanted):
-            raise UserError(f"{where}: kwargs of {name} must be {{{', '.join(wanted)}}}, not {arguments!r}.")
-        for key in wanted:
-            synth.settle(ARGUMENTS[key], arguments[key], f"kwargs.{key} of {name}", where)
-            if key.endswith("relation") and arguments[key] not in ("less than", "at least"):
-                raise UserError(f"{where}: kwargs.{key} of {name} must be 'less than' or 'at least'.")
-
-
 # --------------------------------------------------------------------------------------------------
-# 3. Figures
+# 2. Checks: was an instruction followed?
 #
-# Every figure is a ratio of sums over rows, so one bootstrap over rows serves them all: draw n rows of n
-# with replacement, some thousand times, and keep the middle 95 % of the ratios. The seed here is not the
-# run's, so that the same answers give the same figures everywhere. Beside each figure stand three floors.
+# Tables of small functions under the instruction ids of SpeechInstructBench, which are IFEval's with Chinese
+# added; the arguments are the row's `kwargs`. CHECKS are the benchmark's 25 types as they should be, OFFICIAL
+# the same with the official evaluator's faults, TINY those of the tiny suite, whose ids `tiny:` judge the
+# content, which the tiny world knows: obeying "in capital letters" with a wrong answer is not obeying.
 # --------------------------------------------------------------------------------------------------
 
-CONDITIONS = ("standard", "background noise", "accent", "paralinguistic", "disfluency")
-FLOORS = SILENCE, NEAREST = "floor: silence", "floor: nearest training prompt"
+def words_of(text: str) -> list[str]:
+    """Lower-cased words without punctuation.
+
+    >>> words_of("P.S. It's RED!")
+    ['p', 's', "it's", 'red']
+    """
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
 
 
-def mode(row: dict) -> str:
-    return "floor" if row["condition"] in FLOORS else "spoken" if row.get("audio_path") else "typed"
+def unmarked(text: str) -> str:
+    """Lower-cased, without any punctuation mark, English or Chinese."""
+    return text.strip().lower().translate(dict.fromkeys(map(ord, string.punctuation + CHINESE_MARKS)))
+
+
+def hits(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text, re.I))
+
+
+def has_word(text: str, word: str) -> bool:
+    return hits(rf"\b{re.escape(word)}\b", text) > 0
+
+
+def compare(count: int, relation: str, limit: int) -> bool:
+    if relation == "less than":
+        return count < limit
+    return count >= limit
+
+
+def texts_between(divider: str, text: str) -> list[str]:
+    """The texts between dividers (a pattern); nothing if any is empty but the very first and last."""
+    texts = [piece.strip() for piece in re.split(divider, text)]
+    if not all(texts[1:-1]):
+        return []
+    return [piece for piece in texts if piece]
+
+
+def two_responses(text: str) -> bool:
+    """Two different texts with six asterisks between them."""
+    responses = texts_between(r"\*{6}", text)
+    return len(responses) == 2 and responses[0] != responses[1]
+
+
+def has_postscript(text: str, postscript_marker: str) -> bool:
+    """The marker, or any other way to write P.S."""
+    marker = re.escape(postscript_marker.strip().lower())
+    return re.search(rf"\bps\b|\bp\.\s*s\.|\b{marker}\b", text.lower()) is not None
+
+
+def is_json(text: str) -> bool:
+    """JSON, with or without a fence around it."""
+    fenced = re.fullmatch("(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?(.*?)(?:```)?", text.strip(), re.S)
+    try:
+        json.loads(fenced[1].strip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def sections(text: str, section_spliter: str) -> int:
+    return len(re.split(rf"\s?{section_spliter}\s?\d+\s?", text)) - 1
+
+
+def bullets(text: str) -> int:
+    """Lines that start with a single asterisk or a dash."""
+    return len(re.findall(r"^\s*\*[^*].*$", text, re.M)) + len(re.findall(r"^\s*-.*$", text, re.M))
+
+
+def highlights(text: str) -> int:
+    """Non-empty *sections* and **sections**, which count twice where single asterisks enclose text too."""
+    single = re.findall(r"\*[^\n*]*\*", text)
+    double = re.findall(r"\*\*[^\n*]*\*\*", text)
+    filled = [marked for marked in single if marked.strip("*").strip()]
+    filled += [marked for marked in double if marked[2:-2].strip()]
+    return len(filled)
+
+
+def has_title(text: str) -> bool:
+    """A text between << and >>, or between 《 and 》."""
+    titles = re.findall(r"<<[^\n]+>>", text.replace("《", "<<").replace("》", ">>"))
+    return any(title.lstrip("<").rstrip(">").strip() for title in titles)
+
+
+def nth_paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    """Paragraphs stand between empty lines; of one with Chinese in it the first word is a prefix."""
+    paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
+    if sum(map(bool, paragraphs)) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
+        return False
+    paragraph = paragraphs[nth_paragraph - 1]
+    if re.search(CHINESE, paragraph) or not paragraph:
+        return paragraph != "" and paragraph.startswith(first_word.lower())
+    word = paragraph.split()[0].lstrip("'").lstrip('"')
+    word = re.split("[.,?!'\"。，？！‘“”]", word)[0]
+    return word.lower() == first_word.lower()
+
+
+CHECKS: dict[str, Callable[..., bool]] = {
+    "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
+        compare(capital_words(text), capital_relation, capital_frequency),
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text) == "en",
+    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) == "en",
+    "combination:repeat_prompt": lambda text, prompt_to_repeat:
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+    "combination:two_responses": two_responses,
+    "detectable_content:number_placeholders": lambda text, num_placeholders:
+        hits(r"[\[【].*?[\]】]", text) >= num_placeholders,
+    "detectable_content:postscript": has_postscript,
+    "detectable_format:constrained_response": lambda text: any(option in text for option in OPTIONS),
+    "detectable_format:json_format": is_json,
+    "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
+        sections(text, section_spliter) >= num_sections,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets: bullets(text) == num_bullets,
+    "detectable_format:number_highlighted_sections": lambda text, num_highlights:
+        highlights(text) >= num_highlights,
+    "detectable_format:title": has_title,
+    "keywords:existence": lambda text, keywords: all(hits(word, text) for word in keywords),
+    "keywords:forbidden_words": lambda text, forbidden_words:        # \b knows no Chinese words
+        not any(word in text or has_word(text, word) for word in forbidden_words),
+    "keywords:frequency": lambda text, keyword, frequency, relation:
+        compare(hits(keyword, text), relation, frequency),
+    "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
+        compare(text.lower().count(letter.lower()), let_relation, let_frequency),
+    "language:response_language": lambda text, language:
+        language_of(text) in CODES.get(language, (language,)),
+    "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
+    "length_constraints:number_paragraphs": lambda text, num_paragraphs:
+        len(texts_between(r"\*{3}", text)) == num_paragraphs,
+    "length_constraints:number_sentences": lambda text, relation, num_sentences:
+        compare(sentence_count(text), relation, num_sentences),
+    "length_constraints:number_words": lambda text, relation, num_words:
+        compare(word_count(text), relation, num_words),
+    "punctuation:no_comma": lambda text: "," not in text and "，" not in text,
+    "startend:end_checker": lambda text, end_phrase: unmarked(text).endswith(unmarked(end_phrase)),
+    "startend:quotation": lambda text: re.fullmatch(r'\s*["“].*["”]\s*', text, re.S) is not None,
+}
+
+# The official code passes text whose language cannot be told.
+OFFICIAL = CHECKS | {
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text) in ("en", None),
+    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) in ("en", None),
+    "language:response_language": lambda text, language: language_of(text) in (language, None),
+}
+
+
+# The tiny suite's answers are a few words long: too short to tell their language.
+
+@functools.cache
+def domain(kind: str) -> set[str]:
+    """All words that answer some instruction of a kind of the tiny world."""
+    if kind in synth.FACTS:
+        return set(synth.FACTS[kind].values())
+    return set(synth.NUMBERS if kind in ("sum", "count") else synth.NOUNS)
+
+
+@functools.cache
+def known_words() -> set[str]:
+    """Everything that the tiny world has a name for."""
+    return set(synth.NOUNS).union(*synth.GROUPS.values(), *map(domain, synth.FACTS))
+
+
+def named(text: str, words: Iterable[str]) -> list[str]:
+    """Those words of the text that are among `words`, in order."""
+    return [word for word in words_of(text) if word in words]
+
+
+def members(text: str, group: str) -> list[str]:
+    return named(text, synth.GROUPS[group])
+
+
+def all_in_group(text: str, group: str) -> bool:
+    """Something is named, and nothing outside the group."""
+    return [] != members(text, group) == named(text, known_words())
+
+
+def all_different(text: str, group: str) -> bool:
+    return 0 < len(members(text, group)) == len(set(members(text, group)))
+
+
+def stated_facts(text: str) -> set[tuple[str, str, str]]:
+    """The facts that a text states, true or not, as (kind, x, y).
+
+    >>> stated_facts("The dog says woof.")
+    {('sound', 'dog', 'woof')}
+    """
+    words = " ".join(words_of(text))
+    facts = set()
+    for kind in ("baby", "sound", "home", "food", "colour"):
+        pattern = synth.KINDS[kind]["fact"].rstrip(".").format(x=r"(\w+)", y=r"(\w+)")
+        facts |= {(kind, x, y) for x, y in re.findall(pattern, words)}
+    return facts
+
+
+def states_two_facts(text: str, about: str) -> bool:
+    """At least two true ones about this thing."""
+    return sum(x == about and synth.FACTS[kind].get(x) == y for kind, x, y in stated_facts(text)) >= 2
+
+
+def states_only_truth(text: str, about: str) -> bool:
+    """Facts are stated, all about this thing and none of them wrong."""
+    facts = stated_facts(text)
+    return facts != set() and all(x == about and synth.FACTS[kind].get(x, y) == y for kind, x, y in facts)
+
+
+def has_marker(text: str, postscript_marker: str) -> bool:
+    """Its letters with a full stop, and perhaps a space, between them."""
+    letters = re.findall(r"\w", postscript_marker.lower())
+    return re.search(r"\.\s?".join(letters), text.lower()) is not None
+
+
+TINY = CHECKS | {
+    "change_case:english_capital": str.isupper,
+    "change_case:english_lowercase": str.islower,
+    "startend:end_checker": lambda text, end_phrase:
+        text.lower().strip(MARKS).endswith(end_phrase.lower().strip(MARKS)),
+    "keywords:forbidden_words": lambda text, forbidden_words:
+        not any(has_word(text, word) for word in forbidden_words),
+    "length_constraints:number_sentences": lambda text, relation, num_sentences:
+        compare(len(synth.sentences(text)), relation, num_sentences),
+    "detectable_content:postscript": has_marker,
+    # Of the words that can answer this kind exactly the expected ones, in order: naming all colours fails.
+    "tiny:answer": lambda text, kind, words: named(text, domain(kind)) == words,
+    "tiny:count": lambda text, group, count: len(set(members(text, group))) == count,
+    "tiny:group": all_in_group,
+    "tiny:different": all_different,
+    "tiny:list": lambda text, group, count:
+        len(members(text, group)) == count and all_in_group(text, group) and all_different(text, group),
+    "tiny:two_facts": states_two_facts,
+    "tiny:true": states_only_truth,
+    "tiny:facts": lambda text, about: states_two_facts(text, about) and states_only_truth(text, about),
+}
+
+RULES = {"tiny": TINY, "closed": CHECKS, "official": OFFICIAL}
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Verdicts: by rule, or by the votes of a judge
+#
+# `verdicts` turns an answered row into a scored one. The checks judge rows of the tiny suite and of
+# suite=closed: `strict` and `loose` have a verdict for each. Rows of suite=open and suite=adjustment carry
+# the votes of a judge in `pred_score`: their `majority` has a verdict for each question.
+# --------------------------------------------------------------------------------------------------
+
+def not_null(arguments: dict) -> dict:
+    """The official files give every check the names of all arguments, most of them null."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def given(arguments: dict, rules: str) -> dict:
+    """The arguments that a check is called with.
+
+    Words that checks look for become patterns that match them as they stand; the official code takes them for
+    patterns.
+    """
+    escape = str if rules == "official" else re.escape
+    result = not_null(arguments)
+    for name in ("keyword", "section_spliter"):
+        if name in result:
+            result[name] = escape(result[name].strip())
+    if "keywords" in result:
+        result["keywords"] = [escape(word) for word in result["keywords"]]
+    return result
+
+
+def scorable(arguments: dict, rules: str) -> bool:
+    """Whether an instruction with these arguments has a definite verdict.
+
+    The official code drops arguments that are 0 or empty, and for these, as for negative numbers, for a
+    letter outside a-z and for a paragraph beyond the last, it draws others at random; at a language that it
+    does not list it stops.
+    """
+    language = arguments.get("language", "en")
+    if rules != "official":
+        return rules == "tiny" or language in DETECTED
+    negative = [name for name, value in arguments.items() if isinstance(value, int) and value < 0]
+    letter = arguments.get("letter", "a").lower()
+    return (all(arguments.values()) and set(negative) <= {"capital_frequency"} and language in LANGUAGES
+            and re.fullmatch("[a-z]", letter) is not None
+            and arguments.get("nth_paragraph", 0) <= arguments.get("num_paragraphs", 0))
+
+
+def verdict(text: str, name: str, arguments: dict, rules: str) -> bool | None:
+    """Whether a text follows an instruction; None where that cannot be scored."""
+    arguments = given(arguments, rules)
+    if not scorable(arguments, rules):
+        return None
+    if not text.strip():
+        return False
+    try:
+        return RULES[rules][name](text, **arguments)
+    except re.error:                   # the official code stops at a keyword that is no regular expression
+        return None
+
+
+def follows(response: str, checks: dict, rules: str = "tiny") -> list[bool | None]:
+    """A verdict for each of the `checks`: a row, or a part of one with `instruction_id_list` and `kwargs`.
+
+    Where two responses were asked for, the content must be right in both.
+
+    >>> follows("It is yellow.", {"instruction_id_list": ["change_case:english_capital", "tiny:answer"],
+    ...                           "kwargs": [{}, {"kind": "colour", "words": ["yellow"]}]})
+    [False, True]
+    """
+    names = checks["instruction_id_list"]
+    pieces = [response]
+    if "combination:two_responses" in names:
+        pieces = [piece for piece in response.split("******") if piece.strip()] or [response]
+    found = []
+    for name, arguments in zip(names, checks["kwargs"]):
+        if name.startswith("tiny:"):
+            found.append(all(verdict(piece, name, arguments, rules) for piece in pieces))
+        else:
+            found.append(verdict(response, name, arguments, rules))
+    return found
+
+
+def loose_variants(response: str) -> list[str]:
+    """IFEval's eight: as it is, without the first line, the last, both; and these without asterisks.
+
+    >>> loose_variants("Sure:\\n*red*")
+    ['Sure:\\n*red*', '*red*', 'Sure:', '', 'Sure:\\nred', 'red', 'Sure:', '']
+    """
+    lines = response.split("\n")
+    variants = [response]
+    for kept in (lines[1:], lines[:-1], lines[1:-1]):
+        variants.append("\n".join(kept).strip())
+    return variants + [text.replace("*", "") for text in variants]
+
+
+def strict_and_loose(response: str, checks: dict, rules: str) -> dict[str, list[bool | None]]:
+    """Verdicts on the answer as it is (strict), and whether any of its variants is right (loose).
+
+    >>> checks = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    >>> strict_and_loose("Sure, here:\\nIt is red.", checks, "closed")
+    {'strict': [False], 'loose': [True]}
+    """
+    judged = []
+    for text in dict.fromkeys(loose_variants(response)):              # some are often the same text
+        judged.append(follows(text, checks, rules))
+        if all(judged[-1]):            # the others cannot change that, and telling a language is slow
+            break
+    loose = [None if None in column else any(column) for column in zip(*judged)]
+    return {"strict": judged[0], "loose": loose}
+
+
+def parsed(value: object) -> object:
+    """What a text says in JSON or Python, or None; what is no text, as it is."""
+    if not isinstance(value, str):
+        return value
+    read = json.loads if value.strip().startswith("{") else ast.literal_eval
+    try:
+        return read(value.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+
+
+def yes_or_no(word: object) -> bool | None:
+    if isinstance(word, bool):
+        return word
+    return {"YES": True, "NO": False}.get(str(word).strip().upper())
+
+
+def vote_of(vote: object, suite: str) -> list[bool] | None:
+    """A judge's vote as a verdict for each question (adjustment: each name in JUDGED); None if malformed.
+
+    >>> vote_of("['YES', 'no']", "open")
+    [True, False]
+    """
+    vote = parsed(vote)
+    if suite == "adjustment" and isinstance(vote, dict):
+        answers = [yes_or_no(vote.get(name)) for name in JUDGED]
+    elif suite == "open" and isinstance(vote, list):
+        answers = [yes_or_no(word) for word in vote]
+    else:
+        return None
+    return answers if answers and None not in answers else None
+
+
+def majority(row: dict, suite: str, official: bool) -> dict:
+    """The verdicts of a row's votes: `majority`, True or False for each question, and how they came about.
+
+    YES needs more than half of the well-formed votes, so a tie is NO; in the official code the first vote
+    decides it. A vote of the wrong length is malformed; where the number of questions is not known, that of
+    the longest vote is right. Without a response every question is NO; the official code leaves the row out.
+
+    >>> votes = ["['YES', 'NO']", "['YES', 'YES']", "['NO', 'NO']", "I would say YES"]
+    >>> majority({"response": "a", "pred_score": votes}, "open", official=False)
+    {'majority': [True, False], 'votes': 4, 'malformed': 1, 'ties': 0}
+    """
+    questions = parsed(row.get("decomposed_questions"))
+    length = 0                         # of a vote; not known
+    if suite == "adjustment":
+        length = len(JUDGED)
+    elif isinstance(questions, list) and not official:
+        length = len(questions)
+    if row.get("response") is None:
+        unanswered = [] if official else [False] * max(1, length)
+        return {"majority": unanswered, "votes": 0, "malformed": 0, "ties": 0}
+    cast = parsed(row.get("pred_score"))
+    if not isinstance(cast, list) or vote_of(cast, suite):            # a single vote, or none
+        cast = [] if row.get("pred_score") is None else [cast]
+    votes = [vote for vote in (vote_of(each, suite) for each in cast) if vote]
+    length = length or max(map(len, votes), default=0)
+    votes = [vote for vote in votes if len(vote) == length]
+    decided = []
+    ties = 0
+    for column in zip(*votes):         # the votes on one question
+        tie = 2 * sum(column) == len(votes)
+        ties += tie
+        decided.append(column[0] if tie and official else 2 * sum(column) > len(votes))
+    return {"majority": decided, "votes": len(cast), "malformed": len(cast) - len(votes), "ties": ties}
+
+
+def verdicts(row: dict, suite: str = "tiny", official: bool = False) -> dict:
+    """A scored row: the row with its verdicts, by rule or by votes.
+
+    Rows of the tiny suite get two more: `withdrawn_strict` (adjustment) and `pred_score` (open). Without a
+    response nothing is followed; the official code leaves such a row out.
+    """
+    if suite in METRICS_OF_VOTES:
+        return row | majority(row, suite, official)
+    response = row.get("response")
+    if response is None:
+        nothing = [None if official else False] * len(row["instruction_id_list"])
+        row = row | {"strict": nothing, "loose": nothing}
+    else:
+        if suite == "closed" and re.match("<[123]>", response):       # as the official code does
+            response = response[3:].strip()
+        row = row | strict_and_loose(response, row, "official" if official else suite)
+    if suite == "tiny" and row.get("suite") == "adjustment":
+        row["withdrawn_strict"] = follows(response or "", row["withdrawn"])
+    if suite == "tiny" and row.get("suite") == "open":
+        row["pred_score"] = follows(response or "", row["decomposed_checks"])
+    return row
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Figures
+#
+# Every figure is a ratio of sums over rows, so one function tells what a row adds to each of them, and one
+# bootstrap over rows gives the intervals: draw n rows of n with replacement, some thousand times, and keep
+# the middle 95 % of the ratios. A suite of SpeechInstructBench is reported flat; the tiny suite by condition
+# and mode, with the gap between typed and spoken, and with floors: what is reached without the prompt.
+# --------------------------------------------------------------------------------------------------
+
+Count = tuple[float, float]            # (numerator, denominator)
+Counts = dict[str, Count]              # metric -> what a row adds to it
+
+
+def contributions(row: dict, suite: str = "tiny") -> Counts:
+    """What a scored row adds to each figure.
+
+    IAR: the correction is followed; ECR: what was taken back is followed (lower is better). WER: word errors.
+    coverage: whether the row counts at prompt level.
+
+    >>> contributions({"majority": [True, False]}, "open")
+    {'prompt': (False, 1), 'instruction': (1, 2), 'coverage': (1, 1)}
+    """
+    if suite in METRICS_OF_VOTES:
+        return majority_counts(row["majority"], suite)
+    if suite == "tiny" and row["suite"] == "transcription":
+        said = words_of(row["reference"])
+        heard = words_of(row.get("response") or "")
+        return {"WER": (torchaudio.functional.edit_distance(said, heard), len(said))}
+    counts = verdict_counts(row)
+    if suite == "closed":
+        return counts | type_counts(row) | {"coverage": (counts["strict-prompt"][1], 1)}
+    if row["suite"] == "adjustment":
+        counts["IAR"] = counts["strict-prompt"]
+        counts["ECR"] = (all(row["withdrawn_strict"]), 1)
+    if row["suite"] == "open":
+        counts["open-score"] = (sum(row["pred_score"]), len(row["pred_score"]))
+    return counts
+
+
+def levels(verdicts: list[bool | None]) -> tuple[Count, Count]:
+    """What a row's verdicts add to prompt-level and to instruction-level accuracy.
+
+    A verdict of None leaves the instructions, and its row the prompts.
+
+    >>> levels([True, False]), levels([True, None])
+    (((False, 1), (1, 2)), ((0, 0), (1, 1)))
+    """
+    known = [followed for followed in verdicts if followed is not None]
+    prompt = (all(known), 1) if len(known) == len(verdicts) else (0, 0)
+    return prompt, (sum(known), len(known))
+
+
+def verdict_counts(row: dict) -> Counts:
+    """Strict and loose accuracy at both levels, and the mean of the two."""
+    counts = {}
+    for how in ("strict", "loose"):
+        counts[f"{how}-prompt"], counts[f"{how}-instruction"] = levels(row[how])
+    for level in ("prompt", "instruction"):
+        strict, denominator = counts[f"strict-{level}"]
+        loose, _ = counts[f"loose-{level}"]
+        counts[f"mean-{level}"] = ((strict + loose) / 2, denominator)
+    return counts
+
+
+def type_counts(row: dict) -> Counts:
+    """Each type of instruction by itself: "punctuation:no_comma strict", "punctuation:no_comma loose"."""
+    counts = {}
+    names = row["instruction_id_list"]
+    for name in names:
+        for how in ("strict", "loose"):
+            own = [followed for each, followed in zip(names, row[how]) if each == name]
+            _, counts[f"{name} {how}"] = levels(own)
+    return counts
+
+
+def majority_counts(answers: list[bool], suite: str) -> Counts:
+    """Of the answers to a judge's questions; in an adjustment row those of JUDGED."""
+    if not answers:
+        return dict.fromkeys(METRICS_OF_VOTES[suite], (0, 0)) | {"coverage": (0, 1)}
+    if suite == "open":
+        prompt, instruction = levels(answers)
+        return {"prompt": prompt, "instruction": instruction, "coverage": (1, 1)}
+    followed, content_right, withdrawn = answers
+    return {"IAR": (followed and content_right, 1), "ECR": (withdrawn, 1), "coverage": (1, 1)}
 
 
 @functools.lru_cache(maxsize=128)
 def resamples_of(n: int, resamples: int) -> np.ndarray:
-    """How often each of n rows was drawn in each resample: (resamples, n), float64 so that sums of counts are exact."""
+    """How often each of n rows was drawn in each resample: (resamples, n), float64 so that sums are exact.
+
+    The seed is n, not the run's, so that the same answers give the same figures everywhere.
+    """
     return np.random.default_rng(n).multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
-def ratios_of(parts: list[tuple[float, float]], resamples: int) -> tuple[float | None, np.ndarray | None]:
-    """Ratio of sums over all rows and in each resample: (resamples,), nan where the denominator is 0 there."""
-    top, bottom = np.array(parts, float).reshape(-1, 2).T             # (rows,) each
+def ratios_of(counts: list[Count], resamples: int) -> tuple[float | None, np.ndarray | None]:
+    """Ratio of sums over all rows, and in each resample: (resamples,), nan where the denominator is 0."""
+    top, bottom = np.array(counts, float).reshape(-1, 2).T       # (rows,) each
     if not bottom.sum():
         return None, None
     weights = resamples_of(len(top), resamples)
-    above, below = weights @ top, weights @ bottom
-    return float(top.sum() / bottom.sum()), np.divide(above, below, out=np.full(resamples, np.nan), where=below > 0)
+    below = weights @ bottom
+    ratios = np.divide(weights @ top, below, out=np.full(resamples, np.nan), where=below > 0)
+    return float(top.sum() / bottom.sum()), ratios
 
 
-def middle(values: np.ndarray | None) -> list[float] | None:
-    return None if values is None else np.percentile(values[~np.isnan(values)], [2.5, 97.5]).round(6).tolist()
+def middle(ratios: np.ndarray) -> list[float]:
+    return np.percentile(ratios[~np.isnan(ratios)], [2.5, 97.5]).round(6).tolist()
 
 
-def with_intervals(found: dict[str, tuple[float | None, list[float] | None]]) -> dict:
-    """{"strict-prompt": 0.61, …, "interval": {"strict-prompt": [0.55, 0.66], …}} of figures, each with its interval."""
-    return {name: value for name, (value, _) in found.items()} | {
-        "interval": {name: interval for name, (_, interval) in found.items()}}
-
-
-def estimate(parts: list[tuple[float, float]], resamples: int, digits: int = 6) -> tuple[float | None, list | None]:
+def estimate(counts: list[Count], resamples: int, digits: int = 6) -> tuple[float | None, list[float] | None]:
     """Ratio of sums with its 95 % bootstrap interval, from one (numerator, denominator) per row.
 
     >>> estimate([(1, 1), (1, 1), (0, 1), (1, 1)], 2000)
     (0.75, [0.25, 1.0])
     """
-    value, ratios = ratios_of(parts, resamples)
-    return value if value is None else round(value, digits), middle(ratios)
+    ratio, ratios = ratios_of(counts, resamples)
+    if ratio is None:
+        return None, None
+    return round(ratio, digits), middle(ratios)
 
 
-def closed_parts(row: dict) -> dict[str, tuple[float, float]]:
-    """Strict, loose and mean figures of a row. A verdict of None leaves the instructions, its row the prompts."""
-    parts = {}
-    for how in ("strict", "loose"):
-        known = [verdict for verdict in row[how] if verdict is not None]
-        parts[f"{how}-prompt"] = (all(known), 1) if len(known) == len(row[how]) else (0, 0)
-        parts[f"{how}-instruction"] = sum(known), len(known)
-    for level in ("prompt", "instruction"):
-        (strict, count), (loose, _) = parts[f"strict-{level}"], parts[f"loose-{level}"]
-        parts[f"mean-{level}"] = (strict + loose) / 2, count
-    return parts
+def column(counts: list[Counts], metric: str) -> list[Count]:
+    return [each.get(metric, (0, 0)) for each in counts]
 
 
-def row_parts(row: dict) -> dict[str, tuple[float, float]]:
-    """What a scored row adds to each figure: metric -> (numerator, denominator)."""
-    if row["suite"] == "transcription":
-        heard, said = words_of(row.get("response") or ""), words_of(row["reference"])
-        return {"WER": (torchaudio.functional.edit_distance(said, heard), len(said))}
-    parts = closed_parts(row)
-    if row["suite"] == "adjustment":   # IAR: follows the correction; ECR: what was taken back (lower is better)
-        parts |= {"IAR": parts["strict-prompt"], "ECR": (all(row["withdrawn_strict"]), 1)}
-    if row["suite"] == "open":
-        parts["open-score"] = (sum(row["pred_score"]), len(row["pred_score"]))
-    return parts
+def figures(counts: list[Counts], metrics: Iterable[str], resamples: int, digits: int = 6) -> dict:
+    """Figures of what each row adds to them.
+
+    >>> figures([{"WER": (1, 4)}, {"WER": (1, 4)}], ["WER"], 100)
+    {'WER': 0.25, 'interval': {'WER': [0.25, 0.25]}}
+    """
+    result = {}
+    intervals = {}
+    for metric in metrics:
+        result[metric], intervals[metric] = estimate(column(counts, metric), resamples, digits)
+    return result | {"interval": intervals}
 
 
-def figures(rows: list[dict], metrics: Iterable[str], resamples: int) -> dict:
-    """{"count": 320, "strict-prompt": 0.61, …, "interval": {"strict-prompt": [0.55, 0.66], …}} of scored rows."""
-    parts = [row_parts(row) for row in rows]
-    return {"count": len(rows)} | with_intervals({m: estimate([p[m] for p in parts], resamples) for m in metrics})
+def score_rows(rows: list[dict], suite: str, official: bool, resamples: int) -> tuple[list[dict], dict]:
+    """Score answered rows: the rows with their verdicts, and all figures."""
+    scored = [verdicts(row, suite, official) for row in rows]
+    if suite == "tiny":
+        return scored, tiny_results(scored, resamples)
+    return scored, flat_results(scored, suite, official, resamples)
+
+
+def flat_results(rows: list[dict], suite: str, official: bool, resamples: int) -> dict:
+    """The figures of a suite of SpeechInstructBench, with their denominators (`count`)."""
+    answered = [row for row in rows if row.get("response") is not None]
+    results = {"suite": suite, "official": official, "rows": len(rows), "missing": len(rows) - len(answered)}
+    counts = [contributions(row, suite) for row in rows]
+    if suite == "closed":
+        unscored = [row["strict"].count(None) for row in answered]
+        results["unscored-instructions"] = sum(unscored)
+        results["unscored-rows"] = sum(map(bool, unscored))
+        results["tokenizer"] = "nltk punkt_tab" if punkt() else "rule"
+        types = sorted({name for row in rows for name in row["instruction_id_list"]})
+        by_type = [f"{name} {how}" for name in types for how in ("strict", "loose")]
+        metrics = [*METRICS, "coverage", *by_type]
+    else:
+        for name in ("votes", "malformed", "ties"):
+            results[name] = sum(row[name] for row in rows)
+        metrics = [*METRICS_OF_VOTES[suite], "coverage"]
+    results["bootstrap"] = resamples
+    results["count"] = {metric: sum(n for _, n in column(counts, metric)) for metric in metrics}
+    return results | figures(counts, metrics, resamples, digits=17)                # as precise as float64
+
+
+def tiny_results(rows: list[dict], resamples: int) -> dict:
+    """The figures of the tiny suite.
+
+    results[suite][condition][mode] has counts, fractions, intervals and floors (mode: typed, spoken, floor);
+    results[suite][condition]["gap"][metric] is typed minus spoken. A condition without typed rows of its own
+    (the wording is the standard one) is held against those of "standard".
+    """
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row["suite"], row["condition"], mode(row)].append(row)
+    decodings = {json.dumps(row["decoding"]): row["decoding"] for row in rows if "decoding" in row}
+    results = {"suite": "tiny", "warning": WARNING, "rows": len(rows), "bootstrap": resamples,
+               "decoding": list(decodings.values())} | incomplete(rows)
+    for (suite, condition, how), group in groups.items():
+        cell = results.setdefault(suite, {}).setdefault(condition, {})
+        cell[how] = group_figures(group, resamples)
+        if suite == "transcription" or how == "floor":
+            continue
+        cell[how]["floors"] = {
+            "other prompts": headlines(other_prompts(group), suite),
+            "silence": headlines(groups.get((suite, SILENCE, "floor"), []), suite),
+            "nearest training prompt": headlines(groups.get((suite, NEAREST, "floor"), []), suite),
+        }
+        typed = groups.get((suite, condition, "typed")) or groups.get((suite, "standard", "typed"))
+        if how == "spoken" and typed:
+            cell["gap"] = {metric: gap_of(typed, group, metric, resamples) for metric in SHOWN[suite]}
+    return results
+
+
+def incomplete(rows: list[dict]) -> dict[str, int]:
+    return {"missing": sum(row.get("response") is None for row in rows),
+            "truncated": sum(bool(row.get("truncated")) for row in rows)}
 
 
 def group_figures(rows: list[dict], resamples: int) -> dict:
-    """All figures of one suite, condition and mode, then the headline figure by kind, constraint and variant."""
+    """All figures of one suite, condition and mode; the headline by kind of prompt; each instruction."""
+    counts = [contributions(row) for row in rows]
     headline = SHOWN[rows[0]["suite"]][:1]
-    result = figures(rows, row_parts(rows[0]), resamples)
-    result["missing"] = sum(row.get("response") is None for row in rows)
-    result["truncated"] = sum(bool(row.get("truncated")) for row in rows)
+    result = {"count": len(rows)} | figures(counts, counts[0], resamples) | incomplete(rows)
     for field in ("kind", "constraint", "variant"):
-        values = sorted({row[field] for row in rows if row.get(field)})
-        result[f"by {field}"] = {value: figures([row for row in rows if row.get(field) == value], headline, resamples)
-                                 for value in values}
-    parts = {name: [(strict, 1) for row in rows for each, strict in zip(row["instruction_id_list"], row["strict"])
-                    if each == name] for name in sorted({name for row in rows for name in row["instruction_id_list"]})}
-    result["by instruction"] = {name: dict(zip(("count", "strict-instruction", "interval"), (
-        len(found), *estimate(found, resamples)))) for name, found in parts.items()}
+        by_value = collections.defaultdict(list)
+        for row, added in zip(rows, counts):
+            if row.get(field):
+                by_value[row[field]].append(added)
+        result[f"by {field}"] = {value: {"count": len(found)} | figures(found, headline, resamples)
+                                 for value, found in sorted(by_value.items())}
+    by_name = collections.defaultdict(list)
+    for row in rows:
+        for name, followed in zip(row["instruction_id_list"], row["strict"]):
+            by_name[name].append((followed, 1))
+    result["by instruction"] = {}
+    for name, found in sorted(by_name.items()):
+        share, interval = estimate(found, resamples)
+        figure = {"count": len(found), "strict-instruction": share, "interval": interval}
+        result["by instruction"][name] = figure
     return result
+
+
+def headlines(rows: list[dict], suite: str) -> dict[str, float | None]:
+    """The figures that the table shows, without intervals."""
+    counts = [contributions(row) for row in rows]
+    return {metric: estimate(column(counts, metric), resamples=1)[0] for metric in SHOWN[suite]}
 
 
 def other_prompts(rows: list[dict]) -> list[dict]:
     """The floor that costs nothing: each row with another row's response, by a seeded derangement."""
-    order = random.Random("derangement").sample(range(len(rows)), len(rows)) if len(rows) > 1 else []
-    return [verdicts(rows[i] | {"response": rows[j].get("response")}) for i, j in zip(order, order[1:] + order[:1])]
+    if len(rows) == 1:
+        return []
+    order = random.Random("derangement").sample(rows, len(rows))
+    exchanged = zip(order, order[1:] + order[:1])
+    return [verdicts(row | {"response": other.get("response")}) for row, other in exchanged]
 
 
 def gap_of(typed: list[dict], spoken: list[dict], metric: str, resamples: int) -> dict:
     """Typed minus spoken over the prompts that have both, with the interval of paired resamples."""
-    ceiling = {row["item"]: row_parts(row)[metric] for row in typed if "item" in row}
-    pairs = [(ceiling[row.get("item")], row_parts(row)[metric]) for row in spoken if row.get("item") in ceiling]
-    difference, interval = estimate([(a - b, n) for (a, n), (b, _) in pairs], resamples)
+    ceiling = {row["item"]: contributions(row)[metric] for row in typed if "item" in row}
+    pairs = []
+    for row in spoken:
+        if row.get("item") in ceiling:
+            above, denominator = ceiling[row["item"]]
+            below, _ = contributions(row)[metric]
+            pairs.append((above - below, denominator))
+    difference, interval = estimate(pairs, resamples)
     return {"difference": difference, "interval": interval, "pairs": len(pairs)}
 
 
-def score_rows(rows: list[dict], resamples: int) -> tuple[list[dict], dict]:
-    """Score answered rows; return them with their verdicts, and all figures.
+def numbered_keys(rows: list[dict]) -> list[tuple[str, int]]:
+    """Of each row its key as JSON, and how many rows before have it."""
+    seen = collections.Counter()
+    keys = []
+    for row in rows:
+        key = json.dumps(row.get("key"))
+        keys.append((key, seen[key]))
+        seen[key] += 1
+    return keys
 
-    results[suite][condition][mode] has counts, fractions, intervals and floors (mode: typed, spoken, or floor);
-    results[suite][condition]["gap"][metric] is typed minus spoken. A condition without typed rows of its own (the
-    wording is the standard one) is held against those of "standard".
+
+def differences(paths: list[Path], systems: list[list[dict]], suite: str, resamples: int) -> dict:
+    """The first system's figures minus the second's with the interval of paired resamples.
+
+    systems: the scored rows of each; they pair by key and its n-th occurrence. UserError for a row without a
+    partner.
     """
-    scored = [verdicts(row) for row in rows]
-    groups: dict[tuple, list[dict]] = {}
-    for row in scored:
-        groups.setdefault((row["suite"], row["condition"], mode(row)), []).append(row)
-    decodings = {json.dumps(row["decoding"]): row["decoding"] for row in rows if "decoding" in row}
-    results = {"suite": "tiny", "warning": WARNING, "rows": len(rows), "bootstrap": resamples,
-               "decoding": list(decodings.values()),
-               "missing": sum(row.get("response") is None for row in rows),
-               "truncated": sum(bool(row.get("truncated")) for row in rows)}
-    for (suite, condition, how), group in groups.items():
-        place = results.setdefault(suite, {}).setdefault(condition, {})
-        place[how] = group_figures(group, resamples)
-        if suite == "transcription" or how == "floor":
-            continue
-        floors = {"other prompts": other_prompts(group), "silence": groups.get((suite, SILENCE, "floor"), []),
-                  "nearest training prompt": groups.get((suite, NEAREST, "floor"), [])}
-        place[how]["floors"] = {floor: {metric: estimate([row_parts(row)[metric] for row in found], 1)[0]
-                                        for metric in SHOWN[suite]} for floor, found in floors.items()}
-        typed = groups.get((suite, condition, "typed")) or groups.get((suite, "standard", "typed"))
-        if how == "spoken" and typed:
-            place["gap"] = {metric: gap_of(typed, group, metric, resamples) for metric in SHOWN[suite]}
-    return scored, results
-
-
-def score_file(c: synth.Settings) -> dict:
-    """`score=FILE.jsonl`: write FILE.jsonl.scored.jsonl and FILE.jsonl.results.json, both after all is scored."""
-    path = Path(c.score)
-    scored, results = score_rows(read_rows(path), c.bench.bootstrap)
-    write_scores(path, scored, results)
-    return results
-
-
-def write_scores(path: Path, scored: list[dict], results: dict) -> None:
-    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in scored]
-    synth.write_whole(path.with_name(path.name + ".scored.jsonl"), *lines)
-    synth.write_whole(path.with_name(path.name + ".results.json"), json.dumps(results, indent=1).encode())
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. Any system's answers to the benchmark itself
-#
-# Closed-ended answers are scored by the checks above. Open-ended and adjustment rows carry the votes of a judge
-# in `pred_score`: per question the majority counts, and beside each score stands the share of rows it covers.
-# --------------------------------------------------------------------------------------------------
-
-
-def parsed(value):
-    """What a text says as JSON object, or as list in JSON or Python; None where it says nothing; no text as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return (json.loads if value.strip().startswith("{") else ast.literal_eval)(value.strip())
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None
-
-
-def vote_of(vote, suite: str) -> list[str] | None:
-    """A judge's vote as one YES or NO per question, for adjustment rows per name in JUDGED; None where it is malformed.
-
-    >>> vote_of("['YES', 'no']", "open")
-    ['YES', 'NO']
-    """
-    vote = parsed(vote)
-    if suite == "adjustment":
-        vote = [vote.get(name) for name in JUDGED] if isinstance(vote, dict) else None
-    vote = vote if isinstance(vote, list) else []
-    words = ["YES" if word is True else "NO" if word is False else str(word).strip().upper() for word in vote]
-    return words if words and set(words) <= {"YES", "NO"} else None
-
-
-def judged_verdicts(row: dict, suite: str, official: bool) -> dict:
-    """A judged row with `majority` (True or False per question, none without a vote), `votes`, `malformed` and `ties`.
-
-    YES needs more than half of the well-formed votes, so a tie is NO; in the official code the first vote decides it. A
-    vote of the wrong length is malformed; where the number of questions is not known, that of the longest vote is right.
-    Without a response every question is NO; the official code leaves the row out.
-
-    >>> votes = ["['YES', 'NO']", "['YES', 'YES']", "['NO', 'NO']", "I would say YES"]
-    >>> row = judged_verdicts({"response": "a", "pred_score": votes}, "open", False)
-    >>> row["majority"], row["malformed"]
-    ([True, False], 1)
-    """
-    raw, questions = parsed(row.get("pred_score")), parsed(row.get("decomposed_questions"))
-    raw = raw if isinstance(raw, list) and not vote_of(raw, suite) else [] if row.get("pred_score") is None else [raw]
-    questions = JUDGED if suite == "adjustment" else questions if isinstance(questions, list) and not official else ()
-    if row.get("response") is None:
-        return row | dict(majority=[] if official else [False] * max(1, len(questions)), votes=0, malformed=0, ties=0)
-    votes = [vote for vote in (vote_of(one, suite) for one in raw) if vote]
-    votes = [vote for vote in votes if len(vote) == (len(questions) or max(map(len, votes)))]
-    yes = [sum(word == "YES" for word in column) - len(votes) / 2 for column in zip(*votes)]
-    return row | {"majority": [n > 0 or official and n == 0 and votes[0][i] == "YES" for i, n in enumerate(yes)],
-                  "votes": len(raw), "malformed": len(raw) - len(votes), "ties": yes.count(0)}
-
-
-def answer_parts(row: dict, suite: str) -> dict[str, tuple[float, float]]:
-    """What a scored row adds to each figure, its own types of instruction among them: metric -> (numerator, denominator).
-
-    IAR: the correction is followed and the content right; ECR: what was taken back is followed (lower is better).
-    """
-    if suite == "closed":
-        parts = closed_parts(row)
-        for name, how in itertools.product(set(row["instruction_id_list"]), ("strict", "loose")):
-            found = [verdict for each, verdict in zip(row["instruction_id_list"], row[how]) if each == name]
-            parts[f"{name} {how}"] = found.count(True), len(found) - found.count(None)
-    elif not (majority := row["majority"]):
-        parts = dict.fromkeys(METRICS[suite], (0, 0))
-    elif suite == "open":
-        parts = {"prompt": (all(majority), 1), "instruction": (sum(majority), len(majority))}
-    else:
-        parts = {"IAR": (all(majority[:2]), 1), "ECR": (majority[2], 1)}
-    return parts | {"coverage": (parts[METRICS[suite][0]][1], 1)}
-
-
-def score_answers(rows: list[dict], c: synth.Settings) -> tuple[list[dict], list[dict], dict]:
-    """Score one system's rows: the rows with their verdicts, what each adds to the figures, and the figures."""
-    closed = c.suite == "closed"
-    scored = [closed_verdicts(row, c.official) if closed else judged_verdicts(row, c.suite, c.official) for row in rows]
-    parts = [answer_parts(row, c.suite) for row in scored]
-    types = sorted({name for row in rows if closed for name in row["instruction_id_list"]})
-    names = [*METRICS[c.suite], "coverage", *(f"{name} {how}" for name in types for how in ("strict", "loose"))]
-    columns = {name: [part.get(name, (0, 0)) for part in parts] for name in names}
-    answered = [row for row in scored if row.get("response") is not None]
-    unscored = [row["strict"].count(None) for row in answered if closed]
-    counts = {name: sum(row[name] for row in scored) for name in ("votes", "malformed", "ties")} if not closed else {
-        "unscored-instructions": sum(unscored), "unscored-rows": sum(map(bool, unscored)),
-        "tokenizer": "nltk punkt_tab" if punkt() else "rule"}
-    return scored, parts, {
-        "suite": c.suite, "official": c.official, "rows": len(rows), "missing": len(rows) - len(answered), **counts,
-        "bootstrap": c.bench.bootstrap, "count": {name: sum(n for _, n in column) for name, column in columns.items()},
-        **with_intervals({name: estimate(column, c.bench.bootstrap, digits=17) for name, column in columns.items()})}
-
-
-def numbered(rows: list[dict]) -> dict[tuple[str, int], int]:
-    """(key as JSON, how many rows before have it) -> index of the row."""
-    counts = collections.defaultdict(itertools.count)
-    return {(key, next(counts[key])): i for i, key in enumerate(json.dumps(row.get("key")) for row in rows)}
-
-
-def differences(paths: list[Path], systems: list[list[dict]], parts: list[list[dict]], resamples: int) -> dict:
-    """The first system's figures minus the second's with the interval of paired resamples; rows pair by key and its
-    n-th occurrence. UserError for a row without a partner."""
-    keys, found = list(map(numbered, systems)), {}
-    for i, j in ((0, 1), (1, 0)):
-        if alone := [f"line {row + 1} (key {key})" for (key, n), row in keys[i].items()
-                     if (key, n) not in keys[j] or key == "null"]:
-            raise UserError(f"{paths[i]} {alone[0]} has no partner in {paths[j]}; rows pair by key and its n-th occurrence.")
-    pairs = [(parts[0][row], parts[1][keys[1][key]]) for key, row in keys[0].items()]
-    for name in dict.fromkeys(itertools.chain(*parts[0], *parts[1])):
-        (a, many), (b, others) = (ratios_of([part.get(name, (0, 0)) for part in side], resamples) for side in zip(*pairs))
-        found[name] = (None, None) if a is None or b is None else (a - b, middle(many - others))
-    return {"to": str(paths[1]), "pairs": len(pairs)} | with_intervals(found)
-
-
-def score_systems(c: synth.Settings) -> None:
-    """`score=A.jsonl[,B.jsonl]`: write and print the figures of one system, or of two and their difference (in A's)."""
-    paths = [Path(c.score)] if Path(c.score).is_file() else list(map(Path, c.score.split(",")))
-    if len(paths) > 2 or c.bench.bootstrap < 100:
-        raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is at least 100.")
-    systems = [read_rows(path, c.suite) for path in paths]
-    scored, parts, results = zip(*(score_answers(rows, c) for rows in systems))
-    if len(paths) == 2:
-        results[0]["difference"] = differences(paths, systems, parts, c.bench.bootstrap)
-    for path, found, figure in zip(paths[::-1], scored[::-1], results[::-1]):      # the first holds the difference
-        write_scores(path, found, figure)
-    print_scores(c, paths, results)
+    rows_of = [dict(zip(numbered_keys(rows), rows)) for rows in systems]
+    for own, other in ((0, 1), (1, 0)):
+        for number, (key, n) in enumerate(rows_of[own], 1):
+            if (key, n) not in rows_of[other] or key == "null":
+                raise UserError(f"{paths[own]} line {number} (key {key}) has no partner in {paths[other]}; "
+                                "rows pair by key and its n-th occurrence.")
+    ours = [contributions(row, suite) for row in systems[0]]
+    theirs = [contributions(rows_of[1][key], suite) for key in rows_of[0]]
+    result = {"to": str(paths[1]), "pairs": len(ours)}
+    intervals = {}
+    for metric in dict.fromkeys(itertools.chain(*ours, *theirs)):
+        ratio, ratios = ratios_of(column(ours, metric), resamples)
+        other_ratio, other_ratios = ratios_of(column(theirs, metric), resamples)
+        known = ratio is not None and other_ratio is not None
+        result[metric] = ratio - other_ratio if known else None
+        intervals[metric] = middle(ratios - other_ratios) if known else None
+    return result | {"interval": intervals}
 
 
 # --------------------------------------------------------------------------------------------------
 # 5. The tiny suite's prompts
 #
 # Drawn from the tiny world's test split by the seed: closed-ended instructions in equal numbers of every
-# kind, adjustment ones and open-ended ones. A row is one way to ask one of them: typed, or spoken under a
-# condition. Rows of one prompt share `item`.
+# kind, adjustment ones and open-ended ones. A task is such an instruction, with its reference and its checks;
+# a row is one way to ask it: typed, or spoken under a condition.
 # --------------------------------------------------------------------------------------------------
+
+def draw_rows(c: synth.Settings) -> list[dict]:
+    """All rows of the suite but the floors, with the voice of those that are to be spoken."""
+    suites = {"closed": (synth.draw_instruction, synth.CLOSED, c.bench.rows),
+              "adjustment": (synth.draw_adjustment, synth.CLOSED, c.bench.adjustment_rows),
+              "open": (synth.draw_instruction, list(synth.OPEN), c.bench.open_rows)}
+    rows = []
+    for suite, (draw, kinds, count) in suites.items():
+        rng = random.Random(f"{c.seed} bench {suite}")
+        tasks = draw_tasks(draw, kinds, count, rng)
+        for n, task in enumerate(rng.sample(tasks, count)):           # or a kind would always have one accent
+            task |= {"suite": suite, "item": f"{suite}-{n:04d}", "lang": c.synth.lang}
+            task |= {"reference": task["answer"], "decomposed_questions": []}
+            if suite == "open":
+                task |= decompose(task)
+            rows += [row_of(task, "standard"), row_of(task, "standard", voice=unheard_voice(c.synth, rng))]
+            if suite == "closed":
+                rows += condition_rows(task, n, c, rng)
+    return rows
+
 
 def draw_tasks(draw: Callable, kinds: list[str], count: int, rng: random.Random) -> list[dict]:
     """Draw `count` different test instructions, the kinds in turn. UserError where the world has fewer."""
-    tasks: dict[str, dict] = {}
+    tasks = {}
     vain = 0
     while len(tasks) < count and vain < 1000:
-        task, before = draw(rng, "test", [kinds[len(tasks) % len(kinds)]]), len(tasks)
+        before = len(tasks)
+        task = draw(rng, "test", [kinds[before % len(kinds)]])
         tasks.setdefault(" ".join(words_of(task["prompt"])), task)
         vain = vain + 1 if len(tasks) == before else 0
     if len(tasks) < count:
-        raise UserError(f"The tiny world does not have {count} different test prompts of one suite; lower bench.rows, "
-                        "bench.adjustment_rows or bench.open_rows.")
+        raise UserError(f"The tiny world does not have {count} different test prompts of one suite; lower "
+                        "bench.rows, bench.adjustment_rows or bench.open_rows.")
     return list(tasks.values())
 
 
 def decompose(task: dict) -> dict:
     """An open-ended task's yes/no questions, each with the check that answers it."""
-    name, arguments = task["instruction_id_list"][-1], task["kwargs"][-1]
+    name = task["instruction_id_list"][-1]
+    arguments = task["kwargs"][-1]
     if name == "tiny:list":
-        group = {"group": arguments["group"]}
-        asked = [(f"Are exactly {arguments['count']} {arguments['group']} named?", "tiny:count", arguments),
-                 (f"Are all of them {arguments['group']}?", "tiny:group", group),
-                 ("Are they all different?", "tiny:different", group)]
+        group = arguments["group"]
+        asked = [(f"Are exactly {arguments['count']} {group} named?", "tiny:count", arguments),
+                 (f"Are all of them {group}?", "tiny:group", {"group": group}),
+                 ("Are they all different?", "tiny:different", {"group": group})]
     else:
-        asked = [(f"Are at least two facts about the {arguments['about']} told?", "tiny:two_facts", arguments),
-                 (f"Is all of it true of the {arguments['about']}?", "tiny:true", arguments)]
+        about = arguments["about"]
+        asked = [(f"Are at least two facts about the {about} told?", "tiny:two_facts", arguments),
+                 (f"Is all of it true of the {about}?", "tiny:true", arguments)]
     if task["how"]:
-        asked.append((f"Is it answered as asked: {task['how']}?", task["instruction_id_list"][0], task["kwargs"][0]))
-    questions, ids, kwargs = map(list, zip(*asked))
-    return {"decomposed_questions": questions, "decomposed_checks": {"instruction_id_list": ids, "kwargs": kwargs}}
+        question = f"Is it answered as asked: {task['how']}?"
+        asked.append((question, task["instruction_id_list"][0], task["kwargs"][0]))
+    questions, names, kwargs = map(list, zip(*asked))
+    return {"decomposed_questions": questions,
+            "decomposed_checks": {"instruction_id_list": names, "kwargs": kwargs}}
 
 
-def row_of(item: str, suite: str, condition: str, task: dict, c: synth.Settings, spoken: bool, **extra) -> dict:
-    """One row of prompts.jsonl; `extra` overrides."""
-    key = f"{item}-{condition.replace(' ', '-')}-{'spoken' if spoken else 'typed'}"
-    row = {"key": key, "suite": suite, "condition": condition, "lang": c.synth.lang, "prompt": task["prompt"],
-           "audio_path": f"audio/{key}.flac" if spoken else None, "instruction_id_list": task["instruction_id_list"],
-           "kwargs": task["kwargs"], "decomposed_questions": [], "reference": task["answer"],
-           "item": item, "kind": task["kind"], "constraint": task["constraint"]}
-    return row | ({"withdrawn": task["withdrawn"]} if "withdrawn" in task else {}) | extra
+def row_of(task: dict, condition: str, **spoken: object) -> dict:
+    """One row of prompts.jsonl; typed without `voice`."""
+    key = f"{task['item']}-{condition.replace(' ', '-')}-{'spoken' if spoken else 'typed'}"
+    fields = task | {"key": key, "condition": condition, "audio_path": None}
+    if spoken:
+        fields |= {"audio_path": f"audio/{key}.flac"} | spoken
+    return {name: fields[name] for name in FIELDS if name in fields}
 
 
-def draw_rows(c: synth.Settings) -> list[dict]:
-    """All rows of the suite but the floors, with the voice of those that are to be spoken."""
-    rows, b = [], c.bench
-    parts = {"closed": (synth.draw_instruction, synth.CLOSED, b.rows),
-             "adjustment": (synth.draw_adjustment, synth.CLOSED, b.adjustment_rows),
-             "open": (synth.draw_instruction, list(synth.OPEN), b.open_rows)}
-    for suite, (draw, kinds, count) in parts.items():
-        rng = random.Random(f"{c.seed} bench {suite}")
-        tasks = draw_tasks(draw, kinds, count, rng)
-        for n, task in enumerate(rng.sample(tasks, count)):           # or a kind would always meet the same accents
-            extra = decompose(task) if suite == "open" else {}
-            make = functools.partial(row_of, f"{suite}-{n:04d}", suite, c=c, **extra)
-            voice = synth.draw_voice(rng, synth.candidates("test", c.synth), c.synth)
-            rows += [make("standard", task=task, spoken=False),
-                     make("standard", task=task, spoken=True, voice=voice)]
-            if suite == "closed":
-                rows += condition_rows(make, task, n, c, rng)
-    return rows
+def condition_rows(task: dict, n: int, c: synth.Settings, rng: random.Random) -> list[dict]:
+    """The n-th closed-ended task under the conditions beside standard; noises, accents and styles in turn."""
+    kinds = noises(c.bench.noise)
+    noise = {"kind": kinds[n % len(kinds)], "snr": c.bench.snr[n // len(kinds) % len(c.bench.snr)]}
+    noise_name = f"{Path(noise['kind']).stem} {noise['snr']:g} dB"
+    accent = c.bench.accents[n % len(c.bench.accents)]
+    style = list(STYLES)[n % len(STYLES)]
+    abroad = unheard_voice(synth.Settings(c.synth | {"accents": [accent]}), rng)
+    disfluent = task | {"prompt": synth.disfluent(task["prompt"], rng)}
+    return [
+        row_of(task, "background noise", voice=unheard_voice(c.synth, rng), noise=noise, variant=noise_name),
+        row_of(task, "accent", voice=abroad, variant=accent),
+        row_of(task, "paralinguistic", voice=style_voice(style, c.synth, rng), variant=style),
+        row_of(disfluent, "disfluency", voice=unheard_voice(c.synth, rng)),
+        row_of(disfluent, "disfluency"),
+    ]
 
 
-def condition_rows(make: Callable, task: dict, n: int, c: synth.Settings, rng: random.Random) -> list[dict]:
-    """One closed-ended instruction under the four conditions beside standard; noises, accents, styles in turn."""
-    b, standard = c.bench, functools.partial(synth.draw_voice, rng, synth.candidates("test", c.synth), c.synth)
-    noise, snr = noises(b)[n % len(noises(b))], b.snr[n // len(noises(b)) % len(b.snr)]
-    accent, style = b.accents[n % len(b.accents)], list(STYLES)[n % len(STYLES)]
-    abroad = synth.draw_voice(rng, synth.candidates("test", c.synth), synth.Settings(c.synth | {"accents": [accent]}))
-    wording = task | {"prompt": synth.disfluent(task["prompt"], rng)}
-    return [make("background noise", task=task, spoken=True, voice=standard(), noise={"kind": noise, "snr": snr},
-                 variant=f"{Path(noise).stem} {snr:g} dB"),
-            make("accent", task=task, spoken=True, voice=abroad, variant=accent),
-            make("paralinguistic", task=task, spoken=True, voice=style_voice(style, c, rng), variant=style),
-            make("disfluency", task=wording, spoken=True, voice=standard()),
-            make("disfluency", task=wording, spoken=False)]
+def unheard_voice(s: synth.Settings, rng: random.Random) -> dict:
+    """A voice of a timbre that training never hears; s: the section synth."""
+    return synth.draw_voice(rng, synth.candidates("test", s), s)
 
 
-def style_voice(style: str, c: synth.Settings, rng: random.Random) -> dict:
+def style_voice(style: str, s: synth.Settings, rng: random.Random) -> dict:
     """A voice that whispers, shouts, …: espeak's parameters drawn from the ranges in STYLES."""
     values = {name: rng.randint(*span) for name, span in STYLES[style].items() if name != "timbres"}
-    timbre = rng.choice(STYLES[style].get("timbres") or synth.candidates("test", c.synth))
-    return synth.espeak_voice(rng.choice(c.synth.accents), timbre, **values)
+    timbre = rng.choice(STYLES[style].get("timbres") or synth.candidates("test", s))
+    return synth.espeak_voice(rng.choice(s.accents), timbre, **values)
 
 
 def floor_rows(rows: list[dict]) -> list[dict]:
-    """For every prompt of the standard condition: one row that is asked by silence, one answered by the training data.
+    """For every prompt of the standard condition one row asked by silence, and one answered by training data.
 
-    Silence is as long as the spoken prompt, rounded up to quarters of a second, so that few lengths are asked.
+    Silence is as long as the spoken prompt, rounded up to quarters of a second: so few lengths are asked.
     """
-    spoken = [row for row in rows if row["condition"] == "standard" and row["audio_path"]]
-    base = [row | {"audio_path": None, "voice": None} for row in spoken]
-    return ([row | {"key": f"{row['item']}-silence", "condition": SILENCE, "seconds": -(-row["seconds"] * 4 // 1) / 4}
-             for row in base] + [row | {"key": f"{row['item']}-nearest", "condition": NEAREST} for row in base])
+    silent = []
+    nearest = []
+    for row in rows:
+        if row["condition"] == "standard" and row["audio_path"]:
+            floor = row | {"audio_path": None, "voice": None}
+            seconds = math.ceil(row["seconds"] * 4) / 4
+            silent.append(floor | {"key": f"{row['item']}-silence", "condition": SILENCE, "seconds": seconds})
+            nearest.append(floor | {"key": f"{row['item']}-nearest", "condition": NEAREST})
+    return silent + nearest
 
 
 def transcription_rows(rows: list[dict]) -> list[dict]:
-    """Every closed-ended clip once more, to be written down: what the model hears, apart from what it obeys."""
-    clips = [row for row in rows if row["suite"] == "closed" and row["audio_path"]]
-    return [row | {"key": f"{row['key']}-transcription", "suite": "transcription", "reference": row["prompt"],
-                   "instruction_id_list": [], "kwargs": []} for row in clips]
+    """Every closed-ended clip once more, to be written down: what is heard, apart from what is obeyed."""
+    change = {"suite": "transcription", "instruction_id_list": [], "kwargs": []}
+    clips = [row | change for row in rows if row["suite"] == "closed" and row["audio_path"]]
+    return [row | {"key": f"{row['key']}-transcription", "reference": row["prompt"]} for row in clips]
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. Speaking the prompts
+# 6. Speaking the prompts and asking the model
 #
 # espeak speaks them, whatever engine made the training data: it has the accents and the styles. All in one
-# fresh process, in one order, because espeak's state runs on from clip to clip.
+# fresh process, in one order, because espeak's state runs on from clip to clip. Answers are appended batch by
+# batch, so an interrupted benchmark continues with the next batch. The floor "nearest training prompt" asks
+# no model: it is what a table of the training dialogues would answer.
 # --------------------------------------------------------------------------------------------------
 
-BABBLE_VOICES = 5
-
-
-@functools.cache
-def folder_noises(folder: str) -> list[str]:
-    found = sorted(str(path) for path in Path(folder).glob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg"))
-    if not found:
-        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of recordings, or null.")
-    return found
-
-
-def noises(b: synth.Settings) -> list[str]:
-    return folder_noises(b.noise) if b.noise else ["babble", "pink", "white"]
-
-
-def noise_of(kind: str, samples: int, clips: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """(samples,) float32 noise: white, pink (power falls as 1/f), babble (other prompts' clips), or a recording."""
-    if kind == "babble":
-        chosen = [clips[i] / np.sqrt(np.mean(clips[i] ** 2)) for i in rng.choice(len(clips), BABBLE_VOICES)]
-        return sum(np.roll(np.resize(clip, samples), rng.integers(samples)) for clip in chosen)
-    if kind in ("pink", "white"):
-        noise = rng.standard_normal(samples)
-        if kind == "white":
-            return noise.astype(np.float32)
-        spectrum = np.fft.rfft(noise) / np.sqrt(np.maximum(np.arange(samples // 2 + 1), 1))
-        return np.fft.irfft(spectrum, samples).astype(np.float32)
-    recording = read_recording(kind)
-    return np.roll(np.resize(recording, max(samples, len(recording))), rng.integers(len(recording)))[:samples]
-
-
-@functools.cache
-def read_recording(path: str) -> np.ndarray:
-    """A recording as (samples,) float32 at 16 kHz, channels averaged. UserError where it is broken or silent."""
-    try:
-        recording, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise UserError(f"The noise recording {path} cannot be read ({error}); remove it from bench.noise.") from None
-    recording = synth.to_16k([recording.mean(1)], rate)[0]
-    if not np.any(recording):
-        raise UserError(f"The noise recording {path} is empty or silent; remove it from bench.noise.")
-    return recording
+def make_prompts(c: synth.Settings, folder: Path) -> list[dict]:
+    """Read prompts.jsonl, or draw and speak the suite, and write it last: one that exists is whole."""
+    path = folder / "prompts.jsonl"
+    if path.is_file():
+        return read_rows(path)
+    rows = draw_rows(c)
+    spoken = [row for row in rows if row["audio_path"]]
+    spoken.sort(key=lambda row: row["condition"] != "standard")       # its clips are the others' babble
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
+        seconds = process.submit(speak, c, spoken, folder).result()
+    for row, length in zip(spoken, seconds):
+        row |= {"seconds": length, "voice": row["voice"]["id"]}
+    rows += floor_rows(rows) + transcription_rows(rows)
+    synth.write_whole(path, jsonl(rows))
+    return rows
 
 
 def speak(c: synth.Settings, rows: list[dict], folder: Path) -> list[float]:
     """Speak the rows in order, add their noise, write folder/<audio_path>; return the clips' seconds."""
     torch.set_num_threads(1)
-    engine, clean, seconds = synth.load_engine("espeak"), {}, []
-    for at in range(0, len(rows), synth.CLIPS_AT_ONCE):
-        batch = rows[at:at + synth.CLIPS_AT_ONCE]
-        raw, rate = engine([row["prompt"] for row in batch], [row["voice"] for row in batch], c.seed * 1000 + at)
+    engine = synth.load_engine("espeak")
+    clean = {}                         # item -> its clip under the standard condition
+    seconds = []
+    for start in range(0, len(rows), synth.CLIPS_AT_ONCE):
+        batch = rows[start:start + synth.CLIPS_AT_ONCE]
+        prompts = [row["prompt"] for row in batch]
+        voices = [row["voice"] for row in batch]
+        raw, rate = engine(prompts, voices, c.seed * 1000 + start)
         for row, waveform in zip(batch, synth.to_16k(raw, rate)):
             if row["condition"] == "standard":
                 clean[row["item"]] = waveform
             if "noise" in row:
                 rng = np.random.default_rng([c.seed, len(seconds)])
                 others = [clip for item, clip in clean.items() if item != row["item"]]
-                noise, snr = noise_of(row["noise"]["kind"], len(waveform), others, rng), torch.tensor(row["noise"]["snr"])
-                mixed = torchaudio.functional.add_noise(torch.from_numpy(waveform), torch.from_numpy(noise), snr)
-                waveform = (mixed / max(1.0, float(mixed.abs().max()))).numpy()       # never beyond full scale
-            (folder / row["audio_path"]).write_bytes(synth.flac_bytes(synth.to_int16(waveform)))
+                noise = noise_of(row["noise"]["kind"], len(waveform), others, rng)
+                waveform = mix(waveform, noise, row["noise"]["snr"])
+            write_clip(folder / row["audio_path"], waveform)
             seconds.append(round(len(waveform) / RATE, 3))
     return seconds
 
 
-def speak_job(c: synth.Settings, rows: list[dict], folder: Path) -> list[float] | str:
-    """`speak` in a process of its own; a UserError comes back as its sentence."""
+def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
+    """(samples,) of both, with `snr` dB between them, never beyond full scale."""
+    speech, noise = map(torch.from_numpy, (speech, noise))
+    mixed = torchaudio.functional.add_noise(speech, noise, torch.tensor(snr))
+    return (mixed / max(1.0, float(mixed.abs().max()))).numpy()
+
+
+def write_clip(path: Path, waveform: np.ndarray) -> None:
     try:
-        return speak(c, rows, folder)
-    except UserError as error:
-        return str(error)
+        path.write_bytes(synth.flac_bytes(synth.to_int16(waveform)))
     except OSError as error:
-        return f"{folder / 'audio'} could not be written ({error.strerror}); make room, then start again."
+        raise UserError(f"{path.parent} could not be written ({error.strerror}); make room, then start "
+                        "again.") from None
 
 
-def make_prompts(c: synth.Settings, folder: Path) -> list[dict]:
-    """Read prompts.jsonl, or draw and speak the suite and write it: last, so that one which exists is whole."""
-    path = folder / "prompts.jsonl"
-    if path.is_file():
-        return read_rows(path)
-    rows = draw_rows(c)
-    spoken = sorted((row for row in rows if row["audio_path"]), key=lambda row: row["condition"] != "standard")
-    (folder / "audio").mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    with context.Pool(1) as pool:
-        seconds = pool.apply(speak_job, (c, spoken, folder))
-    if isinstance(seconds, str):
-        raise UserError(seconds)
-    for row, length in zip(spoken, seconds):
-        row |= {"seconds": length, "voice": row["voice"]["id"]}
-    rows += floor_rows(rows) + transcription_rows(rows)
-    synth.write_whole(path, *(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows))
-    return rows
+def read_clip(path: Path) -> np.ndarray:
+    """A prompt's clip: (samples,) float32 at 16 kHz."""
+    try:
+        return synth.decode_flac(path.read_bytes())
+    except (OSError, soundfile.SoundFileError):
+        raise UserError(f"The clip {path} is missing or damaged; make the prompts anew with "
+                        "fresh=true.") from None
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. Asking the model
-#
-# Answers are appended batch by batch, so an interrupted benchmark continues with the next batch. The
-# floor "nearest training prompt" asks no model: it is what a table of the training dialogues would answer.
-# --------------------------------------------------------------------------------------------------
-
-def training_turns(c: synth.Settings) -> list[tuple[str, str]]:
-    """(question, answer) of every turn in the training corpus, repeated ones left out, in order."""
-    turns = {}
-    for path in sorted((Path(c.data) / "corpus").glob("train-*.jsonl")):
-        for line in path.read_bytes().splitlines():
-            messages = json.loads(line).get("messages", [])
-            turns |= {(a["content"], b["content"]): None for a, b in zip(messages, messages[1:]) if a["role"] == "user"}
-    return list(turns)
+@functools.cache
+def noises(folder: str | None) -> list[str]:
+    """The kinds of noise in turn: our own, or the recordings of a folder."""
+    if folder is None:
+        return ["babble", "pink", "white"]
+    found = [str(path) for path in Path(folder).glob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg")]
+    if not found:
+        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of "
+                        "recordings, or null.")
+    return sorted(found)
 
 
-def nearest_prompts(prompts: list[str], questions: list[str]) -> list[int]:
-    """For each prompt the index of the nearest question: the one with which it shares most words, counted against the
-    longer of the two; of equals the one with the smallest word edit distance, and of these the first."""
-    ids = {word: i for i, word in enumerate(dict.fromkeys(words_of(" ".join([*questions, *prompts]))))}
-    counts = np.zeros((len(questions), len(ids)), np.int16)           # (questions, words)
-    for i, question in enumerate(questions):
-        np.add.at(counts[i], [ids[word] for word in words_of(question)], 1)
-    lengths, found = counts.sum(1), []
-    for prompt in map(words_of, prompts):
-        common = sum(np.minimum(counts[:, ids[word]], n) for word, n in collections.Counter(prompt).items())
-        differ = np.maximum(lengths, len(prompt)) - common            # (questions,)
-        found.append(min(map(int, np.flatnonzero(differ == differ.min())), key=lambda i: (
-            torchaudio.functional.edit_distance(prompt, words_of(questions[i])), i)))
-    return found
+def noise_of(kind: str, samples: int, clips: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """(samples,) float32: white, pink (power falls as 1/f), babble (other prompts' clips), or a recording."""
+    if kind == "white":
+        return rng.standard_normal(samples).astype(np.float32)
+    if kind == "pink":
+        spectrum = np.fft.rfft(rng.standard_normal(samples))
+        spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
+        return np.fft.irfft(spectrum, samples).astype(np.float32)
+    if kind == "babble":
+        total = np.zeros(samples, np.float32)
+        for i in rng.choice(len(clips), BABBLE_VOICES):
+            loudness = np.sqrt(np.mean(clips[i] ** 2))
+            total += np.roll(np.resize(clips[i] / loudness, samples), rng.integers(samples))
+        return total
+    recording = read_recording(kind)
+    repeated = np.resize(recording, max(samples, len(recording)))
+    return np.roll(repeated, rng.integers(len(recording)))[:samples]
 
 
-def answered_keys(path: Path) -> set[str]:
-    """The rows answered so far. A last line that a kill left half-written is cut off."""
-    if not path.is_file() or not path.stat().st_size:
-        return set()
-    data = path.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return {row["key"] for row in read_rows(path)} if whole else set()
-
-
-def way(row: dict) -> tuple[int, int, str]:
-    """Rows of one suite, condition and mode are asked together, in the order in which the table shows them."""
-    return list(SHOWN).index(row["suite"]), [*CONDITIONS, *FLOORS].index(row["condition"]), mode(row)
+@functools.cache
+def read_recording(path: str) -> np.ndarray:
+    """A recording as (samples,) float32 at 16 kHz, channels averaged. UserError if it is broken or silent."""
+    try:
+        recording, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise UserError(f"The noise recording {path} cannot be read ({error}); remove it from "
+                        "bench.noise.") from None
+    recording = synth.to_16k([recording.mean(1)], rate)[0]
+    if not np.any(recording):
+        raise UserError(f"The noise recording {path} is empty or silent; remove it from bench.noise.")
+    return recording
 
 
 def ask_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> list[dict]:
     """Answer the rows that answers.jsonl lacks; return all answered rows as they stand there."""
     path = folder / "answers.jsonl"
-    done, turns = answered_keys(path), training_turns(c)
-    todo = sorted((row for row in rows if row["key"] not in done and (turns or row["condition"] != NEAREST)), key=way)
-    if todo:
-        model, tokenizer = inserter.load_run(c)
-        with tqdm(total=len(todo), desc="answers", disable=None) as bar, open(path, "ab") as file:
-            for _, group in itertools.groupby(todo, key=way):
-                group = list(group)
-                for at in range(0, len(group), c.bench.batch):
-                    batch = ask_batch(c, folder, group[at:at + c.bench.batch], model, tokenizer, turns)
-                    try:
-                        file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in batch))
-                        file.flush()
-                        os.fsync(file.fileno())
-                    except OSError as error:
-                        raise UserError(f"{path} could not be written ({error.strerror}); make room and start again: "
-                                        "what is answered is kept.") from None
-                    bar.update(len(batch))
+    done = answered_keys(path)
+    turns = training_turns(c)
+    todo = [row for row in rows if row["key"] not in done and (turns or row["condition"] != NEAREST)]
+    if not todo:
+        return read_rows(path)
+    model, tokenizer = inserter.load_run(c)
+    with tqdm(total=len(todo), desc="answers", disable=None) as bar, open(path, "ab") as file:
+        for batch in batches(todo, c.bench.batch):
+            if batch[0]["condition"] == NEAREST:
+                answered = nearest_answers(batch, turns)
+            else:
+                answered = model_answers(c, folder, batch, model, tokenizer)
+            try:
+                file.write(jsonl(answered))
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise UserError(f"{path} could not be written ({error.strerror}); make room and start again: "
+                                "what is answered is kept.") from None
+            bar.update(len(batch))
     return read_rows(path)
 
 
-def ask_batch(c: synth.Settings, folder: Path, batch: list[dict], model, tokenizer, turns: list) -> list[dict]:
-    """Answer rows of one way of asking; each returns with `response`, `truncated`, and `pred_score` if open-ended."""
-    most, first = c.bench.max_tokens, batch[0]
-    if first["condition"] == NEAREST:
-        nearest = nearest_prompts([row["prompt"] for row in batch], [question for question, _ in turns])
-        batch = [row | {"nearest": turns[i][0]} for row, i in zip(batch, nearest)]
-        answers = [(turns[i][1], False) for i in nearest]
+def answered_keys(path: Path) -> set[str]:
+    """The rows answered so far. A last line that a kill left half-written is cut off."""
+    if not path.is_file():
+        return set()
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return {row["key"] for row in read_rows(path)} if whole else set()
+
+
+def way(row: dict) -> tuple[int, int, str]:
+    """Rows of one suite, condition and mode are asked together, in the order of the table."""
+    return list(SHOWN).index(row["suite"]), [*CONDITIONS, *FLOORS].index(row["condition"]), mode(row)
+
+
+def batches(rows: list[dict], size: int) -> Iterator[list[dict]]:
+    """At most `size` rows at a time, all of one way of asking."""
+    for _, group in itertools.groupby(sorted(rows, key=way), key=way):
+        group = list(group)
+        for start in range(0, len(group), size):
+            yield group[start:start + size]
+
+
+def model_answers(c: synth.Settings, folder: Path, rows: list[dict], model: torch.nn.Module,
+                  tokenizer: object) -> list[dict]:
+    """Rows of one way of asking, with the model's answers."""
+    limits = {"max_tokens": c.bench.max_tokens, "batch": c.bench.batch}
+    if rows[0]["suite"] == "transcription":
+        clips = [read_clip(folder / row["audio_path"]) for row in rows]
+        answers = [(text, False) for text in inserter.transcribe(model, tokenizer, clips, **limits)]
+    elif rows[0]["condition"] == SILENCE:                        # every length is asked once
+        lengths = sorted({row["seconds"] for row in rows})
+        silences = [np.zeros(round(seconds * RATE), np.float32) for seconds in lengths]
+        answer_of = dict(zip(lengths, inserter.answer(model, tokenizer, silences, **limits)))
+        answers = [answer_of[row["seconds"]] for row in rows]
     else:
-        batch = [row | {"decoding": {"method": "greedy", "max_tokens": most}} for row in batch]
-        if first["condition"] == SILENCE:
-            lengths = sorted({row["seconds"] for row in batch})
-            silent = [np.zeros(round(seconds * RATE), np.float32) for seconds in lengths]
-            answer_of = dict(zip(lengths, inserter.answer(model, tokenizer, silent, most, c.bench.batch)))
-            answers = [answer_of[row["seconds"]] for row in batch]
-        elif first["suite"] == "transcription":
-            clips = [read_clip(folder, row) for row in batch]
-            answers = [(text, False) for text in inserter.transcribe(model, tokenizer, clips, most, c.bench.batch)]
-        else:
-            questions = [read_clip(folder, row) if row["audio_path"] else row["prompt"] for row in batch]
-            answers = inserter.answer(model, tokenizer, questions, most, c.bench.batch)
-    batch = [row | {"response": text, "truncated": cut} for row, (text, cut) in zip(batch, answers, strict=True)]
-    return [row | {"pred_score": verdicts(row)["pred_score"]} if row["suite"] == "open" else row for row in batch]
+        spoken = mode(rows[0]) == "spoken"
+        questions = [read_clip(folder / row["audio_path"]) if spoken else row["prompt"] for row in rows]
+        answers = inserter.answer(model, tokenizer, questions, **limits)
+    decoding = {"decoding": {"method": "greedy", "max_tokens": c.bench.max_tokens}}
+    return [with_answer(row | decoding, *answer) for row, answer in zip(rows, answers, strict=True)]
 
 
-def read_clip(folder: Path, row: dict) -> np.ndarray:
-    """A prompt's clip: (samples,) float32 at 16 kHz."""
-    path = folder / row["audio_path"]
-    try:
-        return synth.decode_flac(path.read_bytes())
-    except (OSError, soundfile.SoundFileError):
-        raise UserError(f"The clip {path} is missing or damaged; make the prompts anew with fresh=true.") from None
+def nearest_answers(rows: list[dict], turns: list[tuple[str, str]]) -> list[dict]:
+    """Rows with the training data's answers; turns: (question, answer) each."""
+    nearest = nearest_prompts([row["prompt"] for row in rows], [question for question, _ in turns])
+    answered = []
+    for row, i in zip(rows, nearest):
+        question, answer = turns[i]
+        answered.append(with_answer(row | {"nearest": question}, answer, truncated=False))
+    return answered
+
+
+def with_answer(row: dict, text: str, truncated: bool) -> dict:
+    row = row | {"response": text, "truncated": truncated}
+    if row["suite"] == "open":
+        row["pred_score"] = follows(text, row["decomposed_checks"])
+    return row
+
+
+def training_turns(c: synth.Settings) -> list[tuple[str, str]]:
+    """(question, answer) of every turn in the training corpus, repeated ones left out, in order."""
+    turns = []
+    for path in sorted((Path(c.data) / "corpus").glob("train-*.jsonl")):
+        for line in path.read_bytes().splitlines():
+            messages = json.loads(line).get("messages", [])
+            for question, answer in zip(messages, messages[1:]):
+                if question["role"] == "user":
+                    turns.append((question["content"], answer["content"]))
+    return list(dict.fromkeys(turns))
+
+
+def nearest_prompts(prompts: list[str], questions: list[str]) -> list[int]:
+    """For each prompt the index of the nearest question: the one with which it shares most words, counted
+    against the longer of the two; of equals the one with the smallest word edit distance, then the first.
+
+    >>> nearest_prompts(["what colour is the sun"], ["count to two", "the sun what colour is", "what is"])
+    [1]
+    """
+    words = set(words_of(" ".join([*questions, *prompts])))
+    ids = {word: i for i, word in enumerate(words)}
+    counts = np.zeros((len(questions), len(words)), np.int16)    # (questions, words)
+    for i, question in enumerate(questions):
+        for word in words_of(question):
+            counts[i, ids[word]] += 1
+    lengths = counts.sum(1)
+    found = []
+    for prompt in map(words_of, prompts):
+        common = sum(np.minimum(counts[:, ids[word]], n) for word, n in collections.Counter(prompt).items())
+        differ = np.maximum(lengths, len(prompt)) - common       # (questions,)
+        nearest = np.flatnonzero(differ == differ.min())
+        distances = [torchaudio.functional.edit_distance(prompt, words_of(questions[i])) for i in nearest]
+        found.append(int(nearest[np.argmin(distances)]))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. The table and the page
+# 7. Table and page
+#
+# The same figures in aligned columns for the terminal, and for the tiny suite on one page with a chart,
+# tables, and rows to listen to. The page is the template PAGE at the end of this file; here stands what it
+# shows, as plain lists and dicts.
 # --------------------------------------------------------------------------------------------------
-
-PAGE_BYTES = 11_000_000           # of base64 audio; a page beyond 15 MB opens slowly
-
 
 def percent(figure: dict | None, metric: str) -> str:
-    """61.3 [55.9, 66.6] of {"strict-prompt": 0.613, "interval": …}."""
-    if not figure or figure[metric] is None:
+    """A figure with its interval.
+
+    >>> percent({"WER": 0.613, "interval": {"WER": [0.559, 0.666]}}, "WER")
+    '61.3 [56, 67]'
+    """
+    if not figure or figure.get(metric) is None:
         return "-"
     low, high = figure["interval"][metric]
     return f"{100 * figure[metric]:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def conditions_of(results: dict, suite: str) -> dict[str, dict]:
-    """A suite's conditions without the floors."""
-    return {name: place for name, place in results.get(suite, {}).items() if name not in FLOORS}
 
 
 def points(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
+def print_aligned(rows: list[list[str]], left: int) -> None:
+    """Rows of cells in columns, the first `left` of them flush left."""
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    for row in rows:
+        cells = [row[i].ljust(width) if i < left else row[i].rjust(width) for i, width in enumerate(widths)]
+        print("  ".join(cells))
+
+
+def print_scores(paths: list[Path], results: list[dict]) -> None:
+    """Percent with 95 % intervals; closed-ended types of instruction one by one."""
+    titles = []
+    metrics = {}
+    for path, found in zip(paths, results):
+        titles.append(path.name)
+        metrics |= found["count"]
+        notes = [f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)]
+        print(", ".join(notes), f"\n{path}.results.json and {path}.scored.jsonl are written.")
+    if "difference" in results[0]:
+        titles.append("difference")
+        results = [*results, results[0]["difference"]]
+    table = [["percent", *titles]]
+    for metric in metrics:
+        table.append([metric, *(percent(found, metric) for found in results)])
+    print_aligned(table, left=1)
+
+
+def print_published(suite: str) -> None:
+    """The leaderboard's columns of a suite. UserError where its file is missing."""
+    if not PUBLISHED.is_file():
+        raise UserError(f"{PUBLISHED} is missing; take it from the project again, or leave out "
+                        "published=true.")
+    source, header, *systems = PUBLISHED.read_text("utf-8").splitlines()
+    columns = PUBLISHED_COLUMNS[suite]
+    table = [["", "", *header.split("\t")[columns]]]
+    for line in systems:
+        cells = line.split("\t")
+        table.append(cells[:2] + cells[columns])
+    print(f"Published, P for prompt-level, I for instruction-level; source: {source.removeprefix('# ')}")
+    print_aligned(table, left=2)
+
+
+def conditions_of(results: dict, suite: str) -> Iterator[tuple]:
+    """A suite's conditions but the floors: name, typed figures (or those of "standard"), spoken ones, gap."""
+    conditions = results.get(suite, {})
+    standard = conditions.get("standard", {})
+    for condition, cell in conditions.items():
+        if condition not in FLOORS:
+            typed = cell.get("typed") or standard.get("typed")
+            yield condition, typed, cell.get("spoken"), cell.get("gap", {})
+
+
 def table_rows(results: dict) -> Iterator[list[str]]:
     """The result table as text cells, one row for each condition and figure of each suite."""
     for suite, metrics in SHOWN.items():
-        for condition, place in conditions_of(results, suite).items():
-            typed = place.get("typed") or conditions_of(results, suite).get("standard", {}).get("typed")
-            shown = place.get("spoken") or typed
-            floors = shown.get("floors") or {name: dict.fromkeys(metrics) for name in COLUMNS[-3:]}
+        for condition, typed, spoken, gaps in conditions_of(results, suite):
+            name = condition if suite == "closed" else f"{suite}: {condition}"
+            shown = spoken or typed
             for metric in metrics:
-                gap = place.get("gap", {}).get(metric, {})
-                yield [condition if suite == "closed" else f"{suite}: {condition}", metric, str(shown["count"]),
-                       percent(typed, metric), percent(place.get("spoken"), metric), points(gap.get("difference")),
-                       " to ".join(map(points, gap.get("interval") or [None])),
-                       *(points(floor[metric]) for floor in floors.values())]
-
-
-def print_aligned(rows: list[list[str]], left: int) -> None:
-    """Rows of cells in columns, the first `left` of them flush left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join((str.ljust if i < left else str.rjust)(row[i], width) for i, width in enumerate(widths)))
-
-
-def print_scores(c: synth.Settings, paths: list[Path], results: list[dict]) -> None:
-    """Percent with 95 % intervals; closed-ended types of instruction one by one; published rows where asked for."""
-    for path, found in zip(paths, results):
-        print(", ".join(f"{name} {value}" for name, value in found.items() if isinstance(value, str | int)),
-              f"\n{path}.results.json and {path}.scored.jsonl are written.")
-    titles, columns = [path.name for path in paths], list(results)
-    if "difference" in results[0]:
-        titles, columns = [*titles, "difference"], [*columns, results[0]["difference"]]
-    print_aligned([["percent", *titles], *([name, *(percent({name: None} | found, name) for found in columns)]
-                                           for name in results[0]["count"] | results[-1]["count"])], 1)
-    if c.published:
-        header, at = PUBLISHED_COLUMNS.split(), slice(*PUBLISHED_SPAN[c.suite])
-        print(f"Published, P for prompt-level, I for instruction-level; source: {PUBLISHED_SOURCE}")
-        print_aligned([["", "", *header[at]], *(line.split()[:2] + line.split()[2:][at] for line in PUBLISHED)], 2)
+                cells = [name, metric, str(shown["count"]), percent(typed, metric), percent(spoken, metric)]
+                gap = gaps.get(metric, {})
+                cells.append(points(gap.get("difference")))
+                cells.append(" to ".join(map(points, gap.get("interval") or [None])))
+                floors = [floor[metric] for floor in shown.get("floors", {}).values()]
+                yield cells + list(map(points, floors or [None] * 3))
 
 
 def print_table(results: dict) -> None:
     print(results["warning"])
-    print_aligned([list(COLUMNS), *table_rows(results)], 2)
-    print(f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing. Floors: these "
-          "answers against other prompts' instructions; the model fed silence; the answer of the nearest training prompt.")
+    print_aligned([list(COLUMNS), *table_rows(results)], left=2)
+    print(f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing. "
+          "Floors: these answers against other prompts' instructions; the model fed silence; the answer of "
+          "the nearest training prompt.")
 
 
-def chart(results: dict) -> str:
-    """Closed-ended conditions as bars, typed beside spoken, with 95 % intervals: an inline SVG."""
-    places = conditions_of(results, "closed")
-    width, height, left, step = 760, 330, 50, 700 / max(len(places), 1)
+def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: dict) -> Path:
+    """Write report.html, one page that needs no other file."""
+    gap = results["closed"]["standard"]["gap"]["strict-prompt"]["difference"]
+    figures = {"gap": f"{points(gap)} points"}
+    for suite, how, metric in HEADLINES:
+        figures[f"{suite}, {how}: {metric}"] = percent(results[suite]["standard"][how], metric)
+    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
+        title=f"Benchmark of the run {c.run}",
+        results=results,
+        decoding=json.dumps(results["decoding"]),
+        figures=figures,
+        bars=bars(results),
+        table=[COLUMNS, *table_rows(results)],
+        breakdowns={field: breakdown(results, field) for field in ("kind", "constraint", "variant")},
+        groups=page_rows(scored, folder),
+    )
+    synth.write_whole(folder / "report.html", page.encode())
+    return folder / "report.html"
 
-    def y(share: float) -> float:
-        return round(280 - 240 * share, 1)
 
-    marks = [f'<line x1="{left}" x2="{width}" y1="{y(p / 100)}" y2="{y(p / 100)}" class="grid"/>'
-             f'<text x="{left - 8}" y="{y(p / 100) + 4}" text-anchor="end">{p}</text>' for p in range(0, 101, 20)]
-    for i, (condition, place) in enumerate(places.items()):
-        centre = left + step * (i + 0.5)
-        both = {"typed": place.get("typed") or places.get("standard", {}).get("typed"), "spoken": place.get("spoken")}
-        for offset, (how, figure) in zip((-32, 2), both.items()):
+def bars(results: dict) -> list[dict]:
+    """The chart's bars, typed beside spoken, in its coordinates: y is 280 at 0 %, 40 at 100 %."""
+    conditions = list(conditions_of(results, "closed"))
+    found = []
+    for i, (condition, typed, spoken, _) in enumerate(conditions):
+        centre = round(50 + 700 / len(conditions) * (i + 0.5))
+        for how, x, figure in (("typed", centre - 17, typed), ("spoken", centre + 17, spoken)):
             if figure:
-                share, (low, high) = figure["strict-prompt"], figure["interval"]["strict-prompt"]
-                x = centre + offset + 15
-                marks.append(f'<rect class="{how}" x="{x - 15:.0f}" y="{y(share)}" width="30" height="{280 - y(share):.1f}"/>'
-                             f'<path class="whisker" d="M{x:.0f} {y(low)}V{y(high)}m-4 0h8M{x - 4:.0f} {y(low)}h8"/>'
-                             f'<text x="{x:.0f}" y="{y(high) - 5}" text-anchor="middle">{100 * share:.0f}</text>')
-        marks.append(f'<text x="{centre:.0f}" y="300" text-anchor="middle">{html.escape(condition)}</text>')
-    legend = "".join(f'<rect x="{left + 110 * i}" y="4" width="14" height="14" class="{how}"/>'
-                     f'<text x="{left + 20 + 110 * i}" y="16">{how}</text>' for i, how in enumerate(("typed", "spoken")))
-    note = "strict prompt-level accuracy in percent; whiskers: 95 % bootstrap"
-    return (f'<svg viewBox="0 0 {width + 10} {height}" role="img" aria-label="{note}">{legend}{"".join(marks)}'
-            f'<text x="{left}" y="324">{note}</text></svg>')
+                share = figure["strict-prompt"]
+                heights = [280 - 240 * each for each in (share, *figure["interval"]["strict-prompt"])]
+                found.append({"condition": condition, "centre": centre, "how": how, "x": x, "y": heights,
+                              "percent": f"{100 * share:.0f}"})
+    return found
 
 
-def html_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = ["".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in
-             [("th", header), *(("td", row) for row in rows)]]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+def breakdown(results: dict, field: str) -> list[list[str]]:
+    """Strict prompt-level accuracy of closed-ended rows by kind, constraint or variant: a table with a
+    header, a column for each condition and mode."""
+    columns = {}
+    for condition, cell in results.get("closed", {}).items():
+        for how in ("typed", "spoken", "floor"):
+            found = cell.get(how, {}).get(f"by {field}")
+            if found:
+                columns[condition if how == "floor" else f"{condition}, {how}"] = found
+    table = [[field, *columns]]
+    for name in sorted(set().union(*columns.values())):
+        table.append([name, *(percent(found.get(name), "strict-prompt") for found in columns.values())])
+    return table
 
 
-def breakdown(results: dict, field: str) -> str:
-    """The closed-ended rows' strict prompt-level accuracy by kind, constraint or variant, one column per condition."""
-    columns = {condition if how == "floor" else f"{condition}, {how}": place[how][f"by {field}"]
-               for condition, place in results.get("closed", {}).items() for how in ("typed", "spoken", "floor")
-               if place.get(how, {}).get(f"by {field}")}
-    names = sorted({name for found in columns.values() for name in found})
-    cells = [[name, *(percent(found.get(name), "strict-prompt") for found in columns.values())] for name in names]
-    return html_table([field, *columns], cells)
-
-
-def cards(scored: list[dict], folder: Path) -> tuple[str, int]:
-    """Rows as HTML, the first n of every suite, condition and mode, as many as PAGE_BYTES of audio allow."""
-    groups, heard = collections.defaultdict(list), {}
+def page_rows(scored: list[dict], folder: Path) -> list[list[dict]]:
+    """The first n rows of every suite, condition and mode, as many as PAGE_BYTES of audio allow."""
+    groups = collections.defaultdict(list)
+    heard = {}
     for row in scored:
         if row["suite"] == "transcription":
             heard[row["audio_path"]] = row["response"]
         else:
             groups[way(row)].append(row)
-    shown, used, n = collections.defaultdict(list), 0, 0
-    while used < PAGE_BYTES and any(len(rows) > n for rows in groups.values()):
-        for key, rows in groups.items():
-            if len(rows) > n:
-                path = rows[n]["audio_path"]
-                audio = base64.b64encode((folder / path).read_bytes()).decode() if path else ""
-                shown[key].append(card(rows[n], audio, heard.get(path)))
-                used += len(audio)
-        n += 1
-    return "\n".join(itertools.chain(*shown.values())), n
+    size = 0
+    shown = []
+    for nth in itertools.zip_longest(*groups.values()):
+        if size >= PAGE_BYTES:
+            break
+        shown.append([page_row(row, folder, heard) if row else None for row in nth])
+        size += sum(len(row["audio"]) for row in shown[-1] if row)
+    return list(zip(*shown))
 
 
-def card(row: dict, audio: str, heard: str | None) -> str:
-    """One row: what is asked and heard, what should and does come, and the verdict of every instruction."""
-    judged = list(zip(row["instruction_id_list"], row["kwargs"], row["strict"]))
+def page_row(row: dict, folder: Path, heard: dict[str, str]) -> dict:
+    """A row with what the page shows beside its fields; `judged`: each verdict, after a text."""
+    judged = []
     if row["suite"] == "open":
-        judged = [(question, {}, verdict) for question, verdict in zip(row["decomposed_questions"], row["pred_score"])]
-    chips = ""
-    for name, arguments, verdict in judged:
-        text = " ".join([name, *(f"{key}: {value}" for key, value in arguments.items())])
-        chips += f'<span class="{"yes" if verdict else "no"}">{"✓" if verdict else "✗"} {html.escape(text)}</span>'
-    notes = [row["key"], row["condition"], mode(row), *(row[name] for name in ("variant", "voice") if row.get(name)),
-             *(["truncated"] if row.get("truncated") else [])]
-    lines = {"heard as": heard, "nearest training prompt": row.get("nearest"), "answer": row["response"],
-             "reference": row["reference"]}
-    if all(row.get("withdrawn_strict", [False])):
-        lines["follows"] = "what the speaker took back"
-    player = f'<audio controls preload="none" src="data:audio/flac;base64,{audio}"></audio>' if audio else ""
-    return (f'<section data-condition="{html.escape(row["suite"])}: {html.escape(row["condition"])}, {mode(row)}" '
-            f'data-verdict="{"followed" if all(verdict for *_, verdict in judged) else "not followed"}">'
-            f'<small>{html.escape(" · ".join(notes))}</small><p class="ask">{html.escape(row["prompt"])}{player}</p>' +
-            "".join(f"<p><b>{name}</b> {html.escape(text)}</p>" for name, text in lines.items() if text is not None) +
-            f"<p>{chips}</p></section>")
-
-
-def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: dict) -> Path:
-    """Write report.html, one page that needs no other file."""
-    body, n = cards(scored, folder)
-    gap = results["closed"]["standard"]["gap"]["strict-prompt"]["difference"]
-    figures = [("gap", f"{points(gap)} points")]
-    for suite, how, metric in (("closed", "typed", "strict-prompt"), ("closed", "spoken", "strict-prompt"),
-                               ("adjustment", "spoken", "IAR"), ("adjustment", "spoken", "ECR"),
-                               ("open", "spoken", "open-score"), ("transcription", "spoken", "WER")):
-        figures.append((f"{suite}, {how}: {metric}", percent(results[suite]["standard"][how], metric)))
-    page = PAGE.format(title=f"Benchmark of the run {html.escape(c.run)}", warning=html.escape(results["warning"]),
-                       figures="".join(f"<div><b>{html.escape(value)}</b>{name}</div>" for name, value in figures),
-                       chart=chart(results), table=html_table(COLUMNS, table_rows(results)), rows=body, shown=n,
-                       kinds=breakdown(results, "kind"), constraints=breakdown(results, "constraint"),
-                       variants=breakdown(results, "variant"), decoding=html.escape(json.dumps(results["decoding"])),
-                       truncated=results["truncated"], missing=results["missing"], total=results["rows"])
-    synth.write_whole(folder / "report.html", page.encode())
-    return folder / "report.html"
+        judged = list(zip(row["decomposed_questions"], row["pred_score"]))
+    else:
+        for name, arguments, followed in zip(row["instruction_id_list"], row["kwargs"], row["strict"]):
+            words = [name, *(f"{key}: {value}" for key, value in arguments.items())]
+            judged.append((" ".join(words), followed))
+    audio = ""
+    if row["audio_path"]:
+        audio = base64.b64encode((folder / row["audio_path"]).read_bytes()).decode()
+    return row | {"mode": mode(row), "audio": audio, "heard": heard.get(row["audio_path"]), "judged": judged,
+                  "followed": all(followed for _, followed in judged)}
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. The command line
+# 8. Refusing rows that cannot be scored
+#
+# A row that lacks something would be scored wrongly or stop the scoring half-way. One sentence names the line
+# and what is missing there; the tables that say what rows must have stand at the end of this file.
 # --------------------------------------------------------------------------------------------------
 
-SHAPING = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")     # synth's: the voices
+def check_row(row: object, where: str, suite: str = "tiny") -> None:
+    """Refuse a row that cannot be scored; UserError says `where` it stands."""
+    required = REQUIRED[suite]
+    for name, kind in required.items():
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            raise UserError(f"{where} has no {name} of type {kind.__name__}; every row needs "
+                            f"{', '.join(required)}.")
+    for name in TEXT_OR_NULL[suite]:
+        if not isinstance(row.get(name), str | None):
+            raise UserError(f"{where}: {name} must be text, or null where there is none.")
+    if suite == "closed":
+        check_instructions(row, where, "closed")
+    if suite == "tiny":
+        check_tiny_row(row, where)
 
 
-def check_settings(c: synth.Settings) -> Path:
-    """Find the run's model; return the benchmark's folder, refusing to continue one made by other settings."""
-    model, folder, b = Path("runs") / c.run / "model", Path("runs") / c.run / "bench", c.bench
+def check_tiny_row(row: dict, where: str) -> None:
+    suite = row["suite"]
+    if suite not in NEEDED:
+        raise UserError(f"{where} has the unknown suite {suite!r}; valid ones are {', '.join(NEEDED)}.")
+    needed, kind = NEEDED[suite]
+    if not isinstance(row.get(needed), kind):
+        raise UserError(f"{where} has no {needed}, which rows of {suite} need; keep the fields of "
+                        "prompts.jsonl.")
+    check_instructions(row, where)
+    if kind is dict:
+        check_instructions(row[needed], f"{where}, {needed}")
+
+
+def check_instructions(checks: dict, where: str, rules: str = "tiny") -> None:
+    """Refuse names that RULES[rules] lacks, and arguments that are not the check's own.
+
+    checks: a row, or a part of one with `instruction_id_list` and `kwargs`.
+    """
+    names = checks.get("instruction_id_list")
+    kwargs = checks.get("kwargs")
+    lists = isinstance(names, list) and isinstance(kwargs, list)
+    if not lists or len(names) != len(kwargs) or (names == [] and rules != "tiny"):
+        raise UserError(f"{where}: instruction_id_list and kwargs must be lists of the same length, and not "
+                        "empty.")
+    for name, arguments in zip(names, kwargs):
+        if not isinstance(name, str) or name not in RULES[rules]:
+            near = synth.nearest(name, RULES[rules])
+            raise UserError(f"{where} has the unknown instruction {name!r}; {near}.")
+        _, *wanted = inspect.signature(RULES[rules][name]).parameters       # the first is the text
+        if not isinstance(arguments, dict) or not_null(arguments).keys() != set(wanted):
+            raise UserError(f"{where}: kwargs of {name} must be {{{', '.join(wanted)}}}, not {arguments!r}.")
+        for key in wanted:
+            check_argument(arguments[key], key, f"kwargs.{key} of {name}", where)
+
+
+def check_argument(value: object, key: str, name: str, where: str) -> None:
+    """Refuse an argument of a wrong type: in ARGUMENTS, or text. True is no number."""
+    kind = ARGUMENTS.get(key, str)
+    demanded = [(value, kind)]
+    if kind is list and type(value) is list:
+        demanded += [(item, str) for item in value]
+    for item, right in demanded:
+        if type(item) is not right:
+            raise UserError(f"{name} in {where} must be {right.__name__}, not {item!r}.")
+    if key.endswith("relation") and value not in ("less than", "at least"):
+        raise UserError(f"{where}: {name} must be 'less than' or 'at least'.")
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. How the official code reads a text: sentences, words, capitals, language
+#
+# Counting is the whole of some checks, so it is done as the official code does it. Its sentence model,
+# nltk's, is a download: where it is missing a rule stands in, which seldom counts otherwise.
+# --------------------------------------------------------------------------------------------------
+
+@functools.cache
+def punkt() -> ModuleType | None:
+    """The package nltk where it stands with its English sentence model, else None."""
+    try:
+        import nltk                    # here: only scoring needs it, and only if it is installed
+        return nltk if nltk.sent_tokenize(".") else None
+    except (ImportError, LookupError):
+        return None
+
+
+def sentence_count(text: str) -> int:
+    """Sentences: between 。！ and ？ as soon as one character is Chinese, else by nltk's model or our rule.
+
+    >>> sentence_count("Dr. Mo is in. Is he? Yes, since 3.5 hours.")
+    3
+    """
+    if re.search(CHINESE, text):
+        return sum(piece.strip() != "" for piece in re.split("[。！？]", text))
+    if punkt():
+        return len(punkt().sent_tokenize(text))
+    text = text.strip()
+    return bool(text) + sum(map(ends_sentence, SENTENCE_MARK.finditer(text)))
+
+
+def ends_sentence(mark: re.Match) -> bool:
+    """Whether a SENTENCE_MARK ends a sentence: not after "e.g.", an initial, or "3." before small letters."""
+    word, dots, closing, after = mark.groups()
+    word = word.lower().lstrip("*'_-")
+    capital = after[:1].isupper()
+    starter = capital and after.lower() in STARTERS
+    if dots != "." or re.search("[.?!]", closing):
+        return capital or not dots.startswith("..")
+    if word in ABBREVIATIONS or re.fullmatch(r"(?!p\.(p\.)?s)([a-z]\.)+[a-z]", word):
+        return starter or (word == "etc" and after[:1].isdigit())
+    if re.fullmatch("[a-z]", word):    # an initial, unless it numbers a line: "A. Apples"
+        line = mark.string[:mark.start()].rpartition("\n")[2]
+        return starter or (capital and not line.strip())
+    return not (re.fullmatch(r"[\d.,-]+", word) and after[:1].islower())
+
+
+def word_count(text: str) -> int:
+    """Words, or Chinese characters as soon as there is one."""
+    return len(re.findall(CHINESE, text)) or len(re.findall(r"\w+", text))
+
+
+def capital_words(text: str) -> int:
+    """Words in capitals, cut up as the Penn Treebank does: "CAN'T STOP" has three, CA, N'T and STOP."""
+    if punkt():
+        words = punkt().word_tokenize(text)
+    else:
+        words = WORD_GAP.split(CONTRACTION.sub(" ", text))
+    return sum(word.isupper() for word in words)
+
+
+@functools.lru_cache(maxsize=8192)     # the loose variants of an answer are often the same text
+def language_of(text: str) -> str | None:
+    """The text's language as langdetect names it (zh-cn, zh-tw), always the same; None if it finds none."""
+    import langdetect                  # here: only the closed-ended suite needs it
+    langdetect.DetectorFactory.seed = 0
+    try:
+        return langdetect.detect(text)
+    except langdetect.LangDetectException:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. The command line
+#
+# A benchmark continues where it was interrupted, and refuses to go on in a folder that other settings or
+# another model have begun; `score=` reads files of rows and writes its results beside them.
+# --------------------------------------------------------------------------------------------------
+
+def score_files(c: synth.Settings) -> None:
+    """`score=A.jsonl[,B.jsonl]`: the figures of one system, or of two and their difference (in A's).
+
+    Writes FILE.jsonl.scored.jsonl and FILE.jsonl.results.json, after all is scored.
+    """
+    paths = [Path(c.score)]
+    if c.suite != "tiny":
+        if not paths[0].is_file():
+            paths = [Path(name) for name in c.score.split(",")]
+        if len(paths) > 2 or c.bench.bootstrap < 100:
+            raise UserError("score= takes one file, or two with a comma between them, and bench.bootstrap is "
+                            "at least 100.")
+    systems = [read_rows(path, c.suite) for path in paths]
+    scored, results = zip(*(score_rows(rows, c.suite, c.official, c.bench.bootstrap) for rows in systems))
+    if len(paths) == 2:
+        results[0]["difference"] = differences(paths, scored, c.suite, c.bench.bootstrap)
+    for path, rows, found in list(zip(paths, scored, results))[::-1]:         # the first holds the difference
+        synth.write_whole(path.with_name(path.name + ".scored.jsonl"), jsonl(rows))
+        synth.write_whole(path.with_name(path.name + ".results.json"), json.dumps(found, indent=1).encode())
+    if c.suite == "tiny":
+        print_table(results[0])
+        print(f"{c.score}.results.json and {c.score}.scored.jsonl are written.")
+    else:
+        print_scores(paths, results)
+    if c.published:
+        print_published(c.suite)
+
+
+def benchmark(c: synth.Settings) -> None:
+    folder = begin(c)
+    rows = ask_rows(c, folder, make_prompts(c, folder))
+    scored, results = score_rows(rows, "tiny", official=False, resamples=c.bench.bootstrap)
+    synth.write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
+    report = write_report(c, folder, scored, results)
+    print_table(results)
+    print(f"{report} is written; open it in a browser to hear the prompts.")
+
+
+def begin(c: synth.Settings) -> Path:
+    """Find the run's model; return the benchmark's folder, unless other settings or a model have begun it."""
+    model = Path("runs") / c.run / "model"
+    folder = Path("runs") / c.run / "bench"
     if not (model / "config.json").is_file():
-        raise UserError(f"There is no model in {model}; train it with torchrun inserter.py run={c.run}, or name another.")
-    least = min(b.batch, b.max_tokens, b.bootstrap, len(b.snr), len(b.accents))
-    if min(b.rows, b.adjustment_rows, b.open_rows) < 2 or least < 1:
-        raise UserError("bench.rows, bench.adjustment_rows and bench.open_rows must be at least 2, bench.batch, "
-                        "bench.max_tokens and bench.bootstrap at least 1, bench.snr and bench.accents not empty.")
-    if known := set(b.accents) & set(c.synth.accents):
-        raise UserError(f"bench.accents must not be training's own; take {', '.join(sorted(known))} out.")
+        raise UserError(f"There is no model in {model}; train it with torchrun inserter.py run={c.run}, or "
+                        "name another.")
+    check_settings(c)
     if c.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     digest = hashlib.sha256()
-    for path in sorted(path for path in model.iterdir() if path.is_file()):
-        digest.update(path.read_bytes())
-    settings = {"bench": {k: v for k, v in b.items() if k not in ("batch", "bootstrap")}, "seed": c.seed,
-                "synth": {k: v for k, v in c.synth.items() if k in SHAPING}, "model": digest.hexdigest()}
+    for path in sorted(model.iterdir()):
+        if path.is_file():
+            digest.update(path.read_bytes())
+    settings = {"bench": {key: value for key, value in c.bench.items() if key not in ("batch", "bootstrap")},
+                "seed": c.seed,
+                "synth": {key: value for key, value in c.synth.items() if key in VOICE_KEYS},
+                "model": digest.hexdigest()}
     remedy = "name another run with run=…, or benchmark anew with fresh=true"
     synth.same_settings(folder / "settings.json", settings, (), remedy)
     return folder
 
 
-def benchmark(c: synth.Settings) -> dict:
-    folder = check_settings(c)
-    rows = ask_rows(c, folder, make_prompts(c, folder))
-    scored, results = score_rows(rows, c.bench.bootstrap)
-    synth.write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
-    write_report(c, folder, scored, results)
-    return results
+def check_settings(c: synth.Settings) -> None:
+    b = c.bench
+    least = min(b.batch, b.max_tokens, b.bootstrap, len(b.snr), len(b.accents))
+    if min(b.rows, b.adjustment_rows, b.open_rows) < 2 or least < 1:
+        raise UserError("bench.rows, bench.adjustment_rows and bench.open_rows must be at least 2, "
+                        "bench.batch, bench.max_tokens and bench.bootstrap at least 1, bench.snr and "
+                        "bench.accents not empty.")
+    known = set(b.accents) & set(c.synth.accents)
+    if known:
+        raise UserError(f"bench.accents must not be training's own; take {', '.join(sorted(known))} out.")
 
 
 def main(arguments: list[str]) -> None:
     c = synth.load_config(arguments)
-    if c.suite not in SUITES:
-        raise UserError(f"There is no suite {c.suite!r}; valid ones are {', '.join(SUITES)}.")
-    if c.score is None and c.suite != "tiny" or c.suite == "tiny" and (c.official or c.published):
-        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published need these suites.")
-    if c.suite != "tiny":
-        return score_systems(c)
-    print_table(score_file(c) if c.score is not None else benchmark(c))
-    print(f"{c.score}.results.json and {c.score}.scored.jsonl are written." if c.score is not None else
-          f"runs/{c.run}/bench/report.html is written; open it in a browser to hear the prompts.")
+    if c.suite not in REQUIRED:
+        raise UserError(f"There is no suite {c.suite!r}; valid ones are {', '.join(REQUIRED)}.")
+    tiny = c.suite == "tiny"
+    if (not tiny and c.score is None) or (tiny and (c.official or c.published)):
+        raise UserError("suite=closed, open or adjustment needs score=FILE.jsonl; official and published "
+                        "need these suites.")
+    if c.score is None:
+        benchmark(c)
+    else:
+        score_files(c)
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: what the checks look up, published scores, the styles of the paralinguistic condition, and the page
+# Data
+#
+# What rows must have, what the checks look up, what the table shows, the styles of the paralinguistic
+# condition, and the page.
 # --------------------------------------------------------------------------------------------------
 
-OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.", "我的答案是是的。", "我的答案是不是。", "我的答案是可能。")
+# The fields with which a prompt is written, in their order.
+FIELDS = """key suite condition lang prompt audio_path instruction_id_list kwargs decomposed_questions
+    reference item kind constraint withdrawn decomposed_checks voice noise variant""".split()
 
-# What every row must have, and the types of all arguments of all checks
-NEEDS = {"closed": None, "adjustment": "withdrawn", "open": "decomposed_checks", "transcription": "reference"}
+# What every row needs to be scored under suite=…, and what a row of the tiny suite needs most, by its suite.
 CHECKED = {"prompt": str, "instruction_id_list": list, "kwargs": list}
-SUITES = {"tiny": {"suite": str, "condition": str} | CHECKED, "closed": CHECKED, "open": {"prompt": str},
-          "adjustment": {"prompt": str}}
-ARGUMENTS = (dict.fromkeys("forbidden_words keywords words".split(), list[str]) | dict.fromkeys((
-    "capital_frequency count frequency let_frequency nth_paragraph num_bullets num_highlights num_paragraphs "
-    "num_placeholders num_sections num_sentences num_words").split(), int) | dict.fromkeys((
-    "about capital_relation end_phrase first_word group keyword kind language let_relation letter postscript_marker "
-    "prompt_to_repeat relation section_spliter").split(), str))
+REQUIRED = {
+    "tiny": {"suite": str, "condition": str} | CHECKED,
+    "closed": CHECKED,
+    "open": {"prompt": str},
+    "adjustment": {"prompt": str},
+}
+NEEDED = {
+    "closed": ("prompt", str),
+    "adjustment": ("withdrawn", dict),
+    "open": ("decomposed_checks", dict),
+    "transcription": ("reference", str),
+}
+TEXT_OR_NULL = dict.fromkeys(REQUIRED, ("response",))
+TEXT_OR_NULL["tiny"] = ("response", "audio_path", "item", "kind", "constraint", "variant")
 
-# The languages that the official code lists, and the others that langdetect tells apart, Chinese also as plain zh.
-LANGUAGES = "en es pt ar hi fr ru de ja it bn uk th ur ta te bg ko pl he fa vi ne sw kn mr gu pa ml fi"
-CODES = {"zh": ("zh-cn", "zh-tw")}
-DETECTED = " zh zh-cn zh-tw af ca cs cy da el et hr hu id lt lv mk nl no ro sk sl so sq sv tl tr"
+# The arguments of checks that are no text: lists of texts, and whole numbers.
+ARGUMENTS = dict.fromkeys(("forbidden_words", "keywords", "words"), list) | dict.fromkeys(
+    """capital_frequency count frequency let_frequency nth_paragraph num_bullets num_highlights num_paragraphs
+    num_placeholders num_sections num_sentences num_words""".split(), int)
 
-# The figures of each suite, and what a judge says of an adjustment row
-METRICS = {"closed": [f"{how}-{level}" for how in ("strict", "loose", "mean") for level in ("prompt", "instruction")],
-           "open": ["prompt", "instruction"], "adjustment": ["IAR", "ECR"]}
+# The figures of suite=closed, and of the suites that a judge scores; what he is asked of an adjustment row.
+METRICS = ("strict-prompt", "strict-instruction", "loose-prompt", "loose-instruction", "mean-prompt",
+           "mean-instruction")
+METRICS_OF_VOTES = {"open": ("prompt", "instruction"), "adjustment": ("IAR", "ECR")}
 JUDGED = ("follow_after_adjust", "after_adjust_content_correct", "follow_before_adjust")
 
-# For counting sentences without nltk's model. After an abbreviation a sentence ends only before a word that often
-# starts one; "v" and "x" are rather numerals than initials.
-ABBREVIATIONS = set("""al approx apr aug ca capt cf co col corp dec dept dr est etc feb fig ft gen gov hon inc jan jr lt ltd
-    mr mrs ms mt no nov oct prof rep rev sen sept sgt sr st v vol vs x""".split())
-STARTERS = set("""a after all also an and as at before but do during each every first for from he her here his how however i
-    if in it its let my no now on once one our please remember she so some that the their then there these they this
-    those to we what when where which while who why with yes you your""".split())
-
+OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.",
+           "我的答案是是的。", "我的答案是不是。", "我的答案是可能。")
 CHINESE = "[\u4e00-\u9fff]"
+CHINESE_MARKS = "，。！？；：“”‘’（）—【】《》〈〉、·"
 MARKS = string.punctuation + string.whitespace + "“”"
 
-# A mark that may end a sentence: the word before it, the mark, closing marks (more may follow), the word after.
+# The languages that the official code lists, and all that langdetect tells apart, Chinese also as plain zh.
+LANGUAGES = set("""en es pt ar hi fr ru de ja it bn uk th ur ta te bg ko pl he fa vi ne sw kn mr gu pa ml
+    fi""".split())
+DETECTED = LANGUAGES | set("""zh zh-cn zh-tw af ca cs cy da el et hr hu id lt lv mk nl no ro sk sl so sq sv tl
+    tr""".split())
+CODES = {"zh": ("zh-cn", "zh-tw")}
+
+# For counting sentences without nltk's model. After an abbreviation a sentence ends only before a word that
+# often starts one; "v" and "x" are rather numerals than initials.
+ABBREVIATIONS = set("""al approx apr aug ca capt cf co col corp dec dept dr est etc feb fig ft gen gov hon
+    inc jan jr lt ltd mr mrs ms mt no nov oct prof rep rev sen sept sgt sr st v vol vs x""".split())
+STARTERS = set("""a after all also an and as at before but do during each every first for from he her here
+    his how however i if in it its let my no now on once one our please remember she so some that the their
+    then there these they this those to we what when where which while who why with yes you your""".split())
+
+# A mark that may end a sentence: the word before, the mark, closing marks (more may follow), the word after.
 SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]{0,40}?)(\.{2,}|[.?!])([.?!)\]}"']*)(?!["')\]}\s]*$)"""
                            r"""(?:\s+|(?=\*)|(?<=["')\]}])(?=[^\w\s]))(?=[^\w\s]*(\w*))""")
 
 # Where a contraction is cut: can|'t is CA|N'T in capitals
-CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(?<=\bcan)(?=not\b)|(?<=\bgim|\blem)(?=me\b)"
-                         r"|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)")
+CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(?<=\bcan)(?=not\b)"
+                         r"|(?<=\bgim|\blem)(?=me\b)|(?<=\bgon|\bwan)(?=na\b)|(?<=\bgot)(?=ta\b)")
 
-# The tiny suite's table, and the figures it shows, the headline first
-SHOWN = {"closed": ["strict-prompt"], "adjustment": ["IAR", "ECR"], "open": ["open-score", "strict-prompt"],
-         "transcription": ["WER"]}
-COLUMNS = ("condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap", "other prompts", "silence",
-           "nearest")
-WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stand beside published "
-           "SpeechInstructBench scores.")
+# What lies between words
+WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""")
 
-# The leaderboard of the official repository, in percent: closed-ended prompt- and instruction-level accuracy under
-# the five conditions, open-ended prompt- and instruction-level accuracy, adjustment IAR and ECR.
-PUBLISHED_SOURCE = "README of github.com/dingdongwang/SpeechInstructBench, 2025"
-PUBLISHED_COLUMNS = """standard-P standard-I background-P background-I accent-P accent-I paralinguistic-P paralinguistic-I
-    disfluency-P disfluency-I open-P open-I IAR ECR"""
-PUBLISHED_SPAN = {"closed": (0, 10), "open": (10, 12), "adjustment": (12, 14)}
-PUBLISHED = """English BLSP         14.97 24.17  13.76 23.46  13.28 22.89  13.65 23.60  13.10 22.88  11.78 21.55  35.45 35.05
-English GLM-4-Voice  18.28 29.39  17.29 27.89  20.37 31.11  20.04 31.75  18.83 30.18  28.17 52.05  77.91 24.89
-English Mini-Omni2    7.04 16.52   7.26 16.52   7.80 16.91   6.16 15.59   7.92 16.30   3.23  6.84  12.80 21.20
-English Mini-Omni     8.14 16.73   9.25 17.74   8.37 16.88   8.14 18.02   8.23 17.52   1.15  1.70   7.31 18.69
-English Megrez       19.49 31.04  17.51 28.96  18.31 29.18  19.02 30.53  19.28 28.67  37.27 64.35  55.06 31.98
-English DIVA         27.64 37.26  26.32 36.69  26.49 36.26  27.97 37.91  19.16 27.89  33.64 61.12  58.94 33.73
-English Qwen2-Audio  19.82 30.18  18.17 28.82  18.59 28.81  20.70 31.33  15.19 24.67  31.40 58.14  48.60 37.45
-English InSerter     39.75 51.35  37.56 49.87  37.34 48.24  35.79 46.85  36.38 47.28  40.87 67.33  80.72 23.28
-Chinese GLM-4-Voice  18.31 26.72  16.58 23.99  12.64 20.86  17.28 25.76  14.51 22.87  39.03 56.52  81.27 13.15
-Chinese Megrez       18.31 27.84  17.16 26.32  17.26 26.01  18.43 27.97  16.58 25.76  31.69 39.27  63.34 17.53
-Chinese DIVA         15.86 26.43  17.05 25.92  11.71 21.18  15.55 24.87  14.97 24.31  10.62 31.10  25.94 13.39
-Chinese Qwen2-Audio  19.23 28.97  18.89 28.49  17.99 26.99  18.77 26.48  18.77 26.48  40.64 64.37  64.00 23.20
-Chinese InSerter     32.71 42.37  32.60 42.30  27.95 36.15  33.99 43.18  32.48 41.33  50.58 68.32  84.06 12.10""".splitlines()
+# What training never hears depends on these keys of the section synth: the voices.
+VOICE_KEYS = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")
+BABBLE_VOICES = 5
 
-# espeak's parameters are drawn from these ranges; without "timbres", from the timbres that training never hears.
+# espeak's parameters are drawn from these ranges; without "timbres" these are any that training never hears.
 STYLES = {
     "whisper": {"timbres": ["whisper", "whisperf", "caleb"], "rate": (140, 210), "pitch": (30, 70)},
     "shout": {"rate": (140, 180), "pitch": (75, 95), "range": (80, 99), "volume": (250, 300)},
     "child": {"timbres": ["zac", "belinda"], "rate": (150, 190), "pitch": (50, 80), "range": (50, 70)},
-    "old": {"timbres": ["grandma", "grandpa", "croak"], "rate": (100, 130), "pitch": (20, 45), "range": (20, 40)},
+    "old": {"timbres": ["grandma", "grandpa", "croak"], "rate": (100, 130), "pitch": (20, 45),
+            "range": (20, 40)},
     "fast": {"rate": (270, 320), "pitch": (30, 70)},
     "slow": {"rate": (85, 105), "pitch": (30, 70)},
 }
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 76em; margin: 2em auto; padding: 0 1em; color: #222 }}
-.warning {{ background: #fff3d6; border-left: 4px solid #e08a00; padding: .6em 1em }}
-.figures {{ display: flex; flex-wrap: wrap; gap: 1em }} .figures b {{ display: block; font-size: 1.25em }}
-.figures div {{ background: #f3f5f8; border-radius: .5em; padding: .6em 1em }}
-svg {{ width: 100%; max-width: 52em; font-size: 12px; font-family: inherit }}
-.grid {{ stroke: #ddd }} .whisker {{ stroke: #222; fill: none }} .typed {{ fill: #a9b4c2 }} .spoken {{ fill: #2f6fb3 }}
-.scroll {{ overflow-x: auto }} table {{ border-collapse: collapse; font-size: .85em }}
-td, th {{ padding: .25em .7em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap }}
-td:first-child, th:first-child {{ text-align: left }} section {{ border-top: 1px solid #ccc; padding: .5em 0 }}
-section p {{ margin: .2em 0; white-space: pre-wrap }} section small {{ color: #667 }} .ask {{ font-weight: 600 }}
-audio {{ height: 2em; width: 19em; vertical-align: middle; margin-left: 1em }} p b {{ color: #888; font-weight: 400 }}
-.yes, .no {{ border-radius: .4em; padding: .05em .5em; margin-right: .5em; font-size: .85em }}
-.yes {{ background: #dff1e0 }} .no {{ background: #f8dcda }} summary {{ cursor: pointer; color: #456 }}</style>
-<h1>{title}</h1><p class="warning">{warning}</p>
-<p>Closed-ended prompts, standard condition, strict prompt-level accuracy in percent with 95 % intervals; then the spoken
-adjustment, open-ended and transcription figures. ECR and WER: lower is better.</p><div class="figures">{figures}</div>
-<h2>Typed against spoken</h2>{chart}<h2>All conditions</h2><div class="scroll">{table}</div>
-<p>The last three columns are floors in percent: the same answers scored against other prompts' instructions, the model fed
-silence, and the answer of the nearest training prompt. {total} rows, {truncated} answers truncated, {missing} missing.
-Decoding: {decoding}.</p>
-<h2>By kind of instruction</h2><div class="scroll">{kinds}</div>
-<details><summary>By constraint</summary><div class="scroll">{constraints}</div></details>
-<details><summary>By noise, accent and style</summary><div class="scroll">{variants}</div></details>
-<h2>Rows</h2><p>The first {shown} of every condition, or as many as it has; all are in answers.jsonl.
-<select id="condition"><option>all conditions</option></select> <select id="verdict"><option>all verdicts</option>
-<option>followed</option><option>not followed</option></select>
+# The tiny suite's table, and the figures it shows, the headline first
+SHOWN = {
+    "closed": ["strict-prompt"],
+    "adjustment": ["IAR", "ECR"],
+    "open": ["open-score", "strict-prompt"],
+    "transcription": ["WER"],
+}
+COLUMNS = ("condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap", "other prompts",
+           "silence", "nearest")
+WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stand beside published "
+           "SpeechInstructBench scores.")
+
+# The leaderboard of the official repository, in percent, tab-separated: a comment with the source, a header,
+# a line per system. Which of its columns stand beside which suite:
+PUBLISHED = Path(__file__).with_name("results") / "published.tsv"
+PUBLISHED_COLUMNS = {"closed": slice(2, 12), "open": slice(12, 14), "adjustment": slice(14, 16)}
+
+# The figures at the head of the page: suite, mode, metric; and the bytes of base64 audio that it may hold,
+# for a page beyond 15 MB opens slowly.
+HEADLINES = (
+    ("closed", "typed", "strict-prompt"),
+    ("closed", "spoken", "strict-prompt"),
+    ("adjustment", "spoken", "IAR"),
+    ("adjustment", "spoken", "ECR"),
+    ("open", "spoken", "open-score"),
+    ("transcription", "spoken", "WER"),
+)
+PAGE_BYTES = 11_000_000
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76em; margin: 2em auto; padding: 0 1em; color: #222 }
+.warning { background: #fff3d6; border-left: 4px solid #e08a00; padding: .6em 1em }
+.figures { display: flex; flex-wrap: wrap; gap: 1em } .figures b { display: block; font-size: 1.25em }
+.figures div { background: #f3f5f8; border-radius: .5em; padding: .6em 1em }
+svg { width: 100%; max-width: 52em; font-size: 12px; font-family: inherit }
+.grid { stroke: #ddd } .whisker { stroke: #222; fill: none }
+.typed { fill: #a9b4c2 } .spoken { fill: #2f6fb3 }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85em }
+td, th { padding: .25em .7em; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap }
+td:first-child, th:first-child { text-align: left } section { border-top: 1px solid #ccc; padding: .5em 0 }
+section p { margin: .2em 0; white-space: pre-wrap } section small { color: #667 } .ask { font-weight: 600 }
+audio { height: 2em; width: 19em; vertical-align: middle; margin-left: 1em }
+p b { color: #888; font-weight: 400 }
+.yes, .no { border-radius: .4em; padding: .05em .5em; margin-right: .5em; font-size: .85em }
+.yes { background: #dff1e0 } .no { background: #f8dcda } summary { cursor: pointer; color: #456 }</style>
+{%- macro table_of(rows) %}
+<div class="scroll"><table>
+<tr>{% for cell in rows[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{%- for row in rows[1:] %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{%- endfor %}
+</table></div>
+{%- endmacro %}
+{%- set note = "strict prompt-level accuracy in percent; whiskers: 95 % bootstrap" %}
+<h1>{{ title }}</h1><p class="warning">{{ results.warning }}</p>
+<p>Closed-ended prompts, standard condition, strict prompt-level accuracy in percent with 95 % intervals; then
+the spoken adjustment, open-ended and transcription figures. ECR and WER: lower is better.</p>
+<div class="figures">
+{%- for name, value in figures.items() %}<div><b>{{ value }}</b>{{ name }}</div>{% endfor -%}
+</div>
+<h2>Typed against spoken</h2>
+<svg viewBox="0 0 770 330" role="img" aria-label="{{ note }}">
+<rect x="50" y="4" width="14" height="14" class="typed"/><text x="70" y="16">typed</text>
+<rect x="160" y="4" width="14" height="14" class="spoken"/><text x="180" y="16">spoken</text>
+{%- for percent in range(0, 101, 20) %}
+<line x1="50" x2="760" y1="{{ 280 - 2.4 * percent }}" y2="{{ 280 - 2.4 * percent }}" class="grid"/>
+<text x="42" y="{{ 284 - 2.4 * percent }}" text-anchor="end">{{ percent }}</text>
+{%- endfor %}
+{%- for bar in bars %}{% set top, low, high = bar.y | map("round", 1) %}
+<rect class="{{ bar.how }}" x="{{ bar.x - 15 }}" y="{{ top }}" width="30" height="{{ 280 - top }}"/>
+<path class="whisker" d="M{{ bar.x }} {{ low }}V{{ high }}m-4 0h8M{{ bar.x - 4 }} {{ low }}h8"/>
+<text x="{{ bar.x }}" y="{{ high - 5 }}" text-anchor="middle">{{ bar.percent }}</text>
+{%- endfor %}
+{%- for bar in bars | unique(attribute="condition") %}
+<text x="{{ bar.centre }}" y="300" text-anchor="middle">{{ bar.condition }}</text>
+{%- endfor %}
+<text x="50" y="324">{{ note }}</text></svg>
+<h2>All conditions</h2>
+{{- table_of(table) }}
+<p>The last three columns are floors in percent: the same answers scored against other prompts' instructions,
+the model fed silence, and the answer of the nearest training prompt. {{ results.rows }} rows,
+{{ results.truncated }} answers truncated, {{ results.missing }} missing. Decoding: {{ decoding }}.</p>
+<h2>By kind of instruction</h2>
+{{- table_of(breakdowns.kind) }}
+<details><summary>By constraint</summary>{{ table_of(breakdowns.constraint) }}</details>
+<details><summary>By noise, accent and style</summary>{{ table_of(breakdowns.variant) }}</details>
+<h2>Rows</h2><p>The first {{ groups | map("length") | max }} of every condition, or as many as it has; all are
+in answers.jsonl. <select id="condition"><option>all conditions</option></select>
+<select id="verdict"><option>all verdicts</option><option>followed</option>
+<option>not followed</option></select>
 <span id="count"></span></p>
-{rows}
+{%- for group in groups %}{% for row in group if row %}
+<section data-condition="{{ row.suite }}: {{ row.condition }}, {{ row.mode }}"
+         data-verdict="{{ 'followed' if row.followed else 'not followed' }}">
+{%- set notes = [row.key, row.condition, row.mode, row.variant, row.voice, "truncated" if row.truncated] %}
+<small>{{ notes | select | join(" · ") }}</small>
+<p class="ask">{{ row.prompt }}
+{%- if row.audio -%}
+<audio controls preload="none" src="data:audio/flac;base64,{{ row.audio }}"></audio>
+{%- endif %}</p>
+{%- for name, text in [("heard as", row.heard), ("nearest training prompt", row.nearest),
+                       ("answer", row.response), ("reference", row.reference)] if text is string %}
+<p><b>{{ name }}</b> {{ text }}</p>
+{%- endfor %}
+{%- if row.withdrawn_strict and False not in row.withdrawn_strict %}
+<p><b>follows</b> what the speaker took back</p>
+{%- endif %}
+<p>
+{%- for text, followed in row.judged -%}
+<span class="{{ 'yes' if followed else 'no' }}">{{ '✓' if followed else '✗' }} {{ text }}</span>
+{%- endfor %}</p>
+</section>
+{%- endfor %}{% endfor %}
 <script>
 const rows = [...document.querySelectorAll("section")], pick = id => document.getElementById(id);
 for (const name of new Set(rows.map(r => r.dataset.condition))) pick("condition").add(new Option(name));
-function filter() {{
+function filter() {
   const [c, v] = ["condition", "verdict"].map(id => pick(id).selectedIndex ? pick(id).value : null);
   for (const r of rows) r.hidden = (c && r.dataset.condition != c) || (v && r.dataset.verdict != v);
   pick("count").textContent = rows.filter(r => !r.hidden).length + " shown";
-}}
+}
 pick("condition").onchange = pick("verdict").onchange = filter; filter();
 </script></html>
 """

@@ -1,4 +1,4 @@
-"""bench.py as specified: checks with known answers, the tiny suite's splits and balance, figures, floors, bad input."""
+"""bench.py as specified: known answers, the tiny suite's splits and balance, figures, floors, bad input."""
 import json
 import random
 import sys
@@ -14,7 +14,8 @@ import bench                                                          # noqa: E4
 import synth                                                          # noqa: E402
 
 CONFIG = str(Path(__file__).parents[1] / "config.yaml")
-SMALL = [f"config={CONFIG}", "synth.documents=400", "synth.shard_documents=100", "bench.rows=18", "bench.adjustment_rows=6",
+SMALL = [f"config={CONFIG}", "synth.documents=400", "synth.shard_documents=100", "bench.rows=18",
+         "bench.adjustment_rows=6",
          "bench.open_rows=4", "bench.batch=5", "bench.bootstrap=200"]
 LIST = "tiny:list", {"group": "animals", "count": 2}
 COLOUR = "tiny:answer", {"kind": "colour", "words": ["yellow"]}
@@ -23,22 +24,32 @@ COLOUR = "tiny:answer", {"kind": "colour", "words": ["yellow"]}
 @pytest.mark.parametrize("name, kwargs, right, wrong", [
     ("change_case:english_capital", {}, ["IT IS RED."], ["It is RED.", "123", ""]),
     ("change_case:english_lowercase", {}, ["it is red."], ["It is red.", "123", ""]),
-    ("startend:end_checker", {"end_phrase": "thank you"}, ["Red. Thank you.", '"red THANK YOU!"'], ["Thank you. Red.", "thank"]),
+    ("startend:end_checker", {"end_phrase": "thank you"}, ["Red. Thank you.", '"red THANK YOU!"'],
+     ["Thank you. Red.", "thank"]),
     ("startend:quotation", {}, ['"Red."', ' "a\nb" '], ['"Red.', 'Red."', '"', "'Red'"]),
     ("punctuation:no_comma", {}, ["one two"], ["one, two"]),
-    ("keywords:existence", {"keywords": ["winter"]}, ["Red. I like the Winter."], ["Red.", "I like the wint er"]),
-    ("keywords:frequency", {"keyword": "winter", "frequency": 2, "relation": "at least"}, ["Winter winter", "winter " * 3],
+    ("keywords:existence", {"keywords": ["winter"]}, ["Red. I like the Winter."],
+     ["Red.", "I like the wint er"]),
+    ("keywords:frequency", {"keyword": "winter", "frequency": 2, "relation": "at least"},
+     ["Winter winter", "winter " * 3],
      ["winter"]),
-    ("keywords:frequency", {"keyword": "winter", "frequency": 2, "relation": "less than"}, ["winter", "red"], ["winter winter"]),
-    ("keywords:forbidden_words", {"forbidden_words": ["it", "is"]}, ["White kitten."], ["It was white.", "white, is."]),
-    ("length_constraints:number_words", {"relation": "less than", "num_words": 3}, ["It is", "Red."], ["It is red."]),
-    ("length_constraints:number_words", {"relation": "at least", "num_words": 3}, ["It is red."], ["Red it."]),
-    ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 2}, ["Red. I am sure."], ["Red, sure."]),
+    ("keywords:frequency", {"keyword": "winter", "frequency": 2, "relation": "less than"}, ["winter", "red"],
+     ["winter winter"]),
+    ("keywords:forbidden_words", {"forbidden_words": ["it", "is"]}, ["White kitten."],
+     ["It was white.", "white, is."]),
+    ("length_constraints:number_words", {"relation": "less than", "num_words": 3}, ["It is", "Red."],
+     ["It is red."]),
+    ("length_constraints:number_words", {"relation": "at least", "num_words": 3}, ["It is red."],
+     ["Red it."]),
+    ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 2}, ["Red. I am sure."],
+     ["Red, sure."]),
     ("combination:two_responses", {}, ["Red.\n******\nIt is red.", "a******b"],
      ["Red.", "Red.******Red.", "a******b******c", "a******", "a************b"]),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, ["* a\n* b", "- a\n- b"], ["* a", "a\nb", "* a\n* b\n* c"]),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, ["* a\n* b", "- a\n- b"],
+     ["* a", "a\nb", "* a\n* b\n* c"]),
     ("detectable_format:title", {}, ["<<Answer>>\nRed."], ["<Answer>", "<<>>", "<< >> red"]),
-    ("detectable_content:postscript", {"postscript_marker": "P.S."}, ["Red.\nP.S. Thanks.", "red p. s. thanks"], ["Red.", "PS red"]),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."},
+     ["Red.\nP.S. Thanks.", "red p. s. thanks"], ["Red.", "PS red"]),
     (*COLOUR, ["It is yellow.", '"YELLOW"', "The answer to your question is yellow."],
      ["It is red.", "yellow red blue", "yellow yellow", "", "It is yellowish."]),
     ("tiny:answer", {"kind": "count", "words": ["two", "three"]}, ["Two, three.", "* two\n* three"],
@@ -49,30 +60,36 @@ COLOUR = "tiny:answer", {"kind": "colour", "words": ["yellow"]}
     ("tiny:different", {"group": "animals"}, ["dog, cat"], ["dog, dog", "thank you"]),
     (*LIST, ["Dog, cat."], ["dog", "dog, dog", "dog, cat, cow", "dog, monday", "dog, cat, monday"]),
     ("tiny:two_facts", {"about": "dog"}, ["The baby of a dog is a puppy. The dog says woof."],
-     ["The dog says woof.", "The dog says woof. The dog says woof.", "The dog says moo. The baby of a dog is a calf."]),
-    ("tiny:true", {"about": "dog"}, ["THE DOG SAYS WOOF."], ["The dog says woof. The cow says moo.", "The dog says moo.", "Hm."]),
+     ["The dog says woof.", "The dog says woof. The dog says woof.",
+      "The dog says moo. The baby of a dog is a calf."]),
+    ("tiny:true", {"about": "dog"}, ["THE DOG SAYS WOOF."],
+     ["The dog says woof. The cow says moo.", "The dog says moo.", "Hm."]),
     ("tiny:facts", {"about": "dog"}, ["The baby of a dog is a puppy, the dog lives in the kennel."],
      ["The dog says woof.", "The baby of a dog is a puppy. The dog says woof. The dog eats hay."]),
 ])
 def test_check(name, kwargs, right, wrong):
+    checks = {"instruction_id_list": [name], "kwargs": [kwargs]}
     for response in right:
-        assert bench.follows(response, [name], [kwargs]) == [True], response
+        assert bench.follows(response, checks) == [True], response
     for response in wrong:
-        assert bench.follows(response, [name], [kwargs]) == [False], response
+        assert bench.follows(response, checks) == [False], response
 
 
 def test_every_check_is_tested_and_typed():
     tested = {mark.args[1][i][0] for mark in test_check.pytestmark for i in range(len(mark.args[1]))}
     assert tested >= {name for name in bench.TINY if bench.TINY[name] is not bench.CHECKS.get(name)}
-    bench.check_instructions({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a"]}]}, "here")
+    bench.check_instructions({"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": ["a"]}]},
+                             "here")
 
 
 def test_two_responses_must_both_be_right():
-    ids, kwargs = ["combination:two_responses", COLOUR[0]], [{}, COLOUR[1]]
-    assert bench.follows("Yellow.\n******\nIt is yellow.", ids, kwargs) == [True, True]
-    assert bench.follows("Yellow.\n******\nIt is red.", ids, kwargs) == [True, False]
-    assert bench.follows("Yellow. It is yellow.", ids, kwargs) == [False, False]
-    assert bench.follows("Yellow.******It is yellow.", ids[1:], kwargs[1:]) == [False]      # two were not asked for
+    name, kwargs = COLOUR
+    two = {"instruction_id_list": ["combination:two_responses", name], "kwargs": [{}, kwargs]}
+    one = {"instruction_id_list": [name], "kwargs": [kwargs]}
+    assert bench.follows("Yellow.\n******\nIt is yellow.", two) == [True, True]
+    assert bench.follows("Yellow.\n******\nIt is red.", two) == [True, False]
+    assert bench.follows("Yellow. It is yellow.", two) == [False, False]
+    assert bench.follows("Yellow.******It is yellow.", one) == [False]          # two were not asked for
 
 
 def test_loose_forgives_first_and_last_line_and_asterisks():
@@ -94,9 +111,13 @@ def draw(suite, count, seed="test"):
 
 
 def as_row(suite, task):
-    extra = {"withdrawn": task["withdrawn"]} if suite == "adjustment" else bench.decompose(task) if suite == "open" else {}
-    return {name: task[name] for name in ("prompt", "instruction_id_list", "kwargs")} | extra | {
-        "suite": suite, "condition": "standard", "response": task["answer"]}
+    row = {name: task[name] for name in ("prompt", "instruction_id_list", "kwargs")}
+    row |= {"suite": suite, "condition": "standard", "response": task["answer"]}
+    if suite == "adjustment":
+        row["withdrawn"] = task["withdrawn"]
+    if suite == "open":
+        row |= bench.decompose(task)
+    return row
 
 
 @pytest.mark.parametrize("suite, count", [("closed", 1400), ("adjustment", 450), ("open", 150)])
@@ -106,8 +127,11 @@ def test_references_follow_their_own_instructions(suite, count):
         bench.check_row(row, "here")
         scored = bench.verdicts(row)
         assert all(scored["strict"]) and all(scored["loose"]), row
-        assert suite != "open" or (all(scored["pred_score"]) and len(scored["pred_score"]) == len(row["decomposed_questions"]))
-    if suite == "adjustment":          # "six and two, no wait, five and three": now and then both answers are the same
+        if suite == "open":
+            assert all(scored["pred_score"])
+            assert len(scored["pred_score"]) == len(row["decomposed_questions"])
+    if suite == "adjustment":
+        # "six and two, no wait, five and three": now and then both answers are the same
         assert np.mean([all(bench.verdicts(row)["withdrawn_strict"]) for row in rows]) < 0.03
 
 
@@ -118,7 +142,8 @@ def training():
 
 
 def test_no_test_prompt_is_a_training_prompt(training):
-    turns = {" ".join(bench.words_of(m["content"])) for d in training for m in d.get("messages", []) if m["role"] == "user"}
+    turns = {" ".join(bench.words_of(m["content"])) for d in training for m in d.get("messages", [])
+             if m["role"] == "user"}
     rows = bench.draw_rows(synth.load_config([f"config={CONFIG}"]))
     assert len(rows) == 320 * 7 + 120 * 2 + 60 * 2
     prompts = {" ".join(bench.words_of(row["prompt"])) for row in rows}
@@ -132,7 +157,8 @@ def test_every_fact_is_stated_in_training(training):
     for kind, table in synth.FACTS.items():
         for x, y in table.items():
             fact = " ".join(bench.words_of(synth.KINDS[kind]["fact"].format(x=x, y=y)))
-            asked = any(f"{' '.join(bench.words_of(ask.format(x=x)))}" in text for ask in synth.KINDS[kind]["ask"])
+            asked = any(f"{' '.join(bench.words_of(ask.format(x=x)))}" in text
+                        for ask in synth.KINDS[kind]["ask"])
             assert fact in text or asked, (kind, x)
 
 
@@ -141,14 +167,17 @@ def test_the_floor_of_the_nearest_training_prompt_is_low(training):
                   for a, b in zip(d["messages"][::2], d["messages"][1::2])})
     for suite, count in (("closed", 700), ("adjustment", 280), ("open", 100)):
         tasks = draw(suite, count, "nearest")
-        nearest = bench.nearest_prompts([task["prompt"] for task in tasks], [question for question, _ in turns])
-        right = [all(bench.follows(turns[i][1], task["instruction_id_list"], task["kwargs"])) for i, task in zip(nearest, tasks)]
+        nearest = bench.nearest_prompts([task["prompt"] for task in tasks],
+                                        [question for question, _ in turns])
+        right = [all(bench.follows(turns[i][1], task)) for i, task in zip(nearest, tasks)]
         assert np.mean(right) <= 0.05, suite
 
 
 def test_nearest_prompt():
-    questions = ["count from two to five", "what colour is the sun", "the sun what colour is", "what colour is the moon"]
-    assert bench.nearest_prompts(["What colour is the sun?", "colour is", "count to five from two now"], questions) == [1, 1, 0]
+    questions = ["count from two to five", "what colour is the sun", "the sun what colour is",
+                 "what colour is the moon"]
+    assert bench.nearest_prompts(["What colour is the sun?", "colour is", "count to five from two now"],
+                                 questions) == [1, 1, 0]
 
 
 def test_balance():
@@ -179,12 +208,14 @@ def test_estimate_and_gap():
     assert bench.estimate([(1, 1), (1, 1), (0, 1), (1, 1)], 2000) == (0.75, [0.25, 1.0])
     assert bench.estimate([(1, 2), (0, 3)], 500)[0] == 0.2
     assert bench.estimate([], 10) == bench.estimate([(0, 0)], 10) == (None, None)
-    rows = [{"suite": "closed", "item": i, "strict": [s], "loose": [s]} for i, s in enumerate([True, True, False, True])]
+    rows = [{"suite": "closed", "item": i, "strict": [followed], "loose": [followed]}
+            for i, followed in enumerate([True, True, False, True])]
     other = [row | {"strict": [False]} if row["item"] == 0 else row for row in rows][:3]
     gap = bench.gap_of(rows, other, "strict-prompt", 2000)
     assert gap["difference"] == pytest.approx(1 / 3, abs=1e-6) and gap["pairs"] == 3
     _, (low, high) = bench.estimate([(1, 1)] * 50 + [(0, 1)] * 50, 4000)
-    assert low == pytest.approx(0.4, abs=0.02) and high == pytest.approx(0.6, abs=0.02)       # 0.5 ± 1.96 · 0.05
+    # 0.5 ± 1.96 · 0.05
+    assert low == pytest.approx(0.4, abs=0.02) and high == pytest.approx(0.6, abs=0.02)
 
 
 # --- The whole way, with a model that is a table of the right answers ---
@@ -208,9 +239,15 @@ def load_table(c):
 
 
 def table_answers(model, tokenizer, questions, max_tokens, batch):
-    found = [model.get(key_of(question)) for question in questions]
-    return [("what?", False) if row is None else ("", True) if row["audio_path"] and int(row["item"][-1]) % 4 == 3 else
-            (row["reference"], False) for row in found]
+    answers = []
+    for row in [model.get(key_of(question)) for question in questions]:
+        if row is None:
+            answers.append(("what?", False))
+        elif row["audio_path"] and int(row["item"][-1]) % 4 == 3:
+            answers.append(("", True))
+        else:
+            answers.append((row["reference"], False))
+    return answers
 
 
 def table_transcripts(model, tokenizer, clips, max_tokens, batch):
@@ -220,7 +257,8 @@ def table_transcripts(model, tokenizer, clips, max_tokens, batch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, function in (("load_run", load_table), ("answer", table_answers), ("transcribe", table_transcripts)):
+    for name, function in (("load_run", load_table), ("answer", table_answers),
+                           ("transcribe", table_transcripts)):
         monkeypatch.setattr(bench.inserter, name, function, raising=False)
     (tmp_path / "runs/tiny/model").mkdir(parents=True)
     (tmp_path / "runs/tiny/model/config.json").write_text("{}")
@@ -235,14 +273,17 @@ def test_benchmark_from_prompts_to_page(folder, capsys):
     assert set(results["closed"]) == {*bench.CONDITIONS, *bench.FLOORS} and results["missing"] == 0
     assert results["decoding"] == [{"method": "greedy", "max_tokens": 48}]
     for condition in bench.CONDITIONS:
-        place = results["closed"][condition]
-        assert place["spoken"]["count"] == 18 and place["spoken"]["strict-prompt"] == round(14 / 18, 6)
-        assert place["spoken"]["truncated"] == 4 and place["gap"]["strict-prompt"]["difference"] == round(4 / 18, 6)
+        spoken = results["closed"][condition]["spoken"]
+        gap = results["closed"][condition]["gap"]
+        assert spoken["count"] == 18 and spoken["strict-prompt"] == round(14 / 18, 6)
+        assert spoken["truncated"] == 4 and gap["strict-prompt"]["difference"] == round(4 / 18, 6)
         assert results["transcription"][condition]["spoken"]["WER"] > 0      # one word too many each
-        assert max(figure["strict-prompt"] for figure in place["spoken"]["floors"].values()) <= 0.2
+        assert max(figure["strict-prompt"] for figure in spoken["floors"].values()) <= 0.2
     standard = results["closed"]["standard"]
-    assert standard["typed"]["strict-prompt"] == 1.0 and sum(f["count"] for f in standard["typed"]["by kind"].values()) == 18
-    assert results["adjustment"]["standard"]["typed"]["IAR"] == 1.0 > results["adjustment"]["standard"]["typed"]["ECR"]
+    assert standard["typed"]["strict-prompt"] == 1.0
+    assert sum(f["count"] for f in standard["typed"]["by kind"].values()) == 18
+    adjustment = results["adjustment"]["standard"]["typed"]
+    assert adjustment["IAR"] == 1.0 > adjustment["ECR"]
     assert results["open"]["standard"]["typed"]["open-score"] == 1.0
     said = [row for row in rows if row["suite"] == "transcription" and row["condition"] == "standard"]
     words = sum(len(bench.words_of(row["prompt"])) for row in said)
@@ -251,34 +292,44 @@ def test_benchmark_from_prompts_to_page(folder, capsys):
     bench.main([*SMALL, f"score={folder / 'answers.jsonl'}", "suite=tiny"])
     assert (folder / "answers.jsonl.results.json").read_bytes() == (folder / "results.json").read_bytes()
     scored = [json.loads(line) for line in (folder / "answers.jsonl.scored.jsonl").read_text().splitlines()]
-    assert len(scored) == len(rows) and all(len(row["strict"]) == len(row["instruction_id_list"]) for row in scored)
+    assert len(scored) == len(rows)
+    assert all(len(row["strict"]) == len(row["instruction_id_list"]) for row in scored)
 
     page = (folder / "report.html").read_text()
     assert "://" not in page and len(page) < 15e6 and "<<Answer" not in page
-    assert "never to stand beside published" in page and "never to stand beside published" in capsys.readouterr().out
+    assert "never to stand beside published" in page
+    assert "never to stand beside published" in capsys.readouterr().out
 
 
 def test_answers_of_others_and_missing_ones(folder):
     bench.main(SMALL)
     rows = bench.read_rows(folder / "answers.jsonl")
-    closed = [row for row in rows if row["suite"] == "closed" and row["condition"] == "standard" and not row["audio_path"]]
-    _, before = bench.score_rows(closed, 100)
+    closed = [row for row in rows
+              if row["suite"] == "closed" and row["condition"] == "standard" and not row["audio_path"]]
+    _, before = bench.score_rows(closed, "tiny", official=False, resamples=100)
     closed[0] = {k: v for k, v in closed[0].items() if k != "response"}
     closed[1] = closed[1] | {"response": None}
-    _, after = bench.score_rows(closed, 100)
+    _, after = bench.score_rows(closed, "tiny", official=False, resamples=100)
     assert before["closed"]["standard"]["typed"]["strict-prompt"] == 1.0
-    assert after["closed"]["standard"]["typed"]["strict-prompt"] == round(16 / 18, 6) and after["missing"] == 2
+    assert after["closed"]["standard"]["typed"]["strict-prompt"] == round(16 / 18, 6)
+    assert after["missing"] == 2
 
 
 def test_an_interrupted_benchmark_continues(folder, monkeypatch):
     bench.main(SMALL)
     whole, results = (folder / "answers.jsonl").read_bytes(), (folder / "results.json").read_bytes()
     asked = []
-    monkeypatch.setattr(bench.inserter, "answer", lambda *a: asked.extend(a[2]) or table_answers(*a))
-    for at in (0, 17, len(whole) // 3, len(whole) - 1):
-        (folder / "answers.jsonl").write_bytes(whole[:at])
+
+    def note_and_answer(model, tokenizer, questions, max_tokens, batch):
+        asked.extend(questions)
+        return table_answers(model, tokenizer, questions, max_tokens, batch)
+
+    monkeypatch.setattr(bench.inserter, "answer", note_and_answer)
+    for length in (0, 17, len(whole) // 3, len(whole) - 1):
+        (folder / "answers.jsonl").write_bytes(whole[:length])
         bench.main(SMALL)
-        assert (folder / "answers.jsonl").read_bytes() == whole and (folder / "results.json").read_bytes() == results
+        assert (folder / "answers.jsonl").read_bytes() == whole
+        assert (folder / "results.json").read_bytes() == results
     asked.clear()
     bench.main(SMALL)
     assert not asked
@@ -286,9 +337,10 @@ def test_an_interrupted_benchmark_continues(folder, monkeypatch):
 
 def test_prompts_are_repeatable_and_settings_are_kept(folder):
     bench.main(SMALL)
-    before = {path.name: path.read_bytes() for path in [folder / "prompts.jsonl", *(folder / "audio").iterdir()]}
+    before = {path.name: path.read_bytes() for path in [folder / "prompts.jsonl", *folder.glob("audio/*")]}
     bench.main([*SMALL, "fresh=true"])
-    assert before == {path.name: path.read_bytes() for path in [folder / "prompts.jsonl", *(folder / "audio").iterdir()]}
+    after = {path.name: path.read_bytes() for path in [folder / "prompts.jsonl", *folder.glob("audio/*")]}
+    assert before == after
     with pytest.raises(synth.UserError, match="bench.snr.*fresh=true"):
         bench.main([*SMALL, "bench.snr=[0.0]"])
     (Path("runs/tiny/model/config.json")).write_text("{} ")
@@ -300,44 +352,55 @@ def test_own_noise(folder):
     Path("noise").mkdir()
     soundfile.write("noise/street.wav", np.random.default_rng(0).uniform(-0.1, 0.1, (4000, 2)), 8000)
     bench.main([*SMALL, "bench.noise=noise"])
-    assert set(json.loads((folder / "results.json").read_text())["closed"]["background noise"]["spoken"]["by variant"]) == {
-        "street 20 dB", "street 10 dB", "street 5 dB"}
+    results = json.loads((folder / "results.json").read_text())
+    by_variant = results["closed"]["background noise"]["spoken"]["by variant"]
+    assert set(by_variant) == {"street 20 dB", "street 10 dB", "street 5 dB"}
     soundfile.write("noise/silent.wav", np.zeros(100), 8000)
     bench.read_recording.cache_clear()
-    bench.folder_noises.cache_clear()
+    bench.noises.cache_clear()
     with pytest.raises(synth.UserError, match="silent.wav is empty or silent"):
         bench.main([*SMALL, "bench.noise=noise", "fresh=true"])
 
 
-GOOD = {"suite": "closed", "condition": "standard", "prompt": "what colour is the sun", "response": "It is yellow.",
+GOOD = {"suite": "closed", "condition": "standard", "prompt": "what colour is the sun",
+        "response": "It is yellow.",
         "instruction_id_list": ["tiny:answer"], "kwargs": [COLOUR[1]]}
 
 
 @pytest.mark.parametrize("line, sentence", [
-    (b"{", "line 2 is not JSON"), (b"\xff\xfe", "line 2 is not JSON in UTF-8"), (b"[1]", "line 2 has no suite"), (b"", "line 2 is not JSON"),
+    (b"{", "line 2 is not JSON"), (b"\xff\xfe", "line 2 is not JSON in UTF-8"),
+    (b"[1]", "line 2 has no suite"), (b"", "line 2 is not JSON"),
     (b'{"suite": "closed", "suite": "closed"}', "named twice"),
     *[(json.dumps(GOOD | change).encode(), sentence) for change, sentence in [
-        ({"prompt": 1}, "has no prompt"), ({"instruction_id_list": None}, "has no instruction_id_list"), ({"kwargs": {}}, "has no kwargs"),
+        ({"prompt": 1}, "has no prompt"), ({"instruction_id_list": None}, "has no instruction_id_list"),
+        ({"kwargs": {}}, "has no kwargs"),
         ({"instruction_id_list": [[]]}, "unknown instruction"), ({"kind": 3}, "kind must be text"),
-        ({"instruction_id_list": ["tiny:anser"]}, "unknown instruction 'tiny:anser'; nearest valid: tiny:answer"),
+        ({"instruction_id_list": ["tiny:anser"]},
+         "unknown instruction 'tiny:anser'; nearest valid: tiny:answer"),
         ({"kwargs": [{"kind": 1, "words": []}]}, "kwargs.kind of tiny:answer in .* must be str"),
-        ({"kwargs": [{"kind": "colour", "words": [1]}]}, "kwargs.words"), ({"kwargs": [{}]}, "must be {kind, words}"),
-        ({"kwargs": []}, "same length"), ({"response": 3}, "response must be text"), ({"suite": "shut"}, "unknown suite 'shut'"),
-        ({"suite": "open"}, "has no decomposed_checks"), ({"suite": "adjustment", "withdrawn": {}}, "withdrawn: .*same length"),
+        ({"kwargs": [{"kind": "colour", "words": [1]}]}, "kwargs.words"),
+        ({"kwargs": [{}]}, "must be {kind, words}"),
+        ({"kwargs": []}, "same length"), ({"response": 3}, "response must be text"),
+        ({"suite": "shut"}, "unknown suite 'shut'"),
+        ({"suite": "open"}, "has no decomposed_checks"),
+        ({"suite": "adjustment", "withdrawn": {}}, "withdrawn: .*same length"),
         ({"suite": "transcription"}, "has no reference")]]])
 def test_bad_rows_are_named_and_nothing_is_written(tmp_path, line, sentence):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
     with pytest.raises(synth.UserError, match=sentence) as error:
         bench.main([f"config={CONFIG}", f"score={path}"])
-    assert str(path) in str(error.value) and "line 2" in str(error.value) and [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert str(path) in str(error.value) and "line 2" in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["score=missing.jsonl"], "missing.jsonl cannot be read"), (["suite=shut", "score=x"], "no suite 'shut'; valid ones are tiny, closed"),
+    (["score=missing.jsonl"], "missing.jsonl cannot be read"),
+    (["suite=shut", "score=x"], "no suite 'shut'; valid ones are tiny, closed"),
     (["run=other"], "There is no model in runs/other/model"), (["bench.rows=1"], "at least 2"),
     (["bench.accents=[en-us]"], "take en-us out"), (["bench.accents=[en-su]"], "no accent 'en-su'"),
-    (["bench.noise=nowhere"], "bench.noise=nowhere holds no"), (["bench.rows=100000"], "does not have 100000")])
+    (["bench.noise=nowhere"], "bench.noise=nowhere holds no"),
+    (["bench.rows=100000"], "does not have 100000")])
 def test_wrong_use(folder, arguments, sentence):
     with pytest.raises(synth.UserError, match=sentence):
         bench.main([*(a for a in SMALL if a.split("=")[0] != arguments[0].split("=")[0]), *arguments])
