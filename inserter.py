@@ -836,82 +836,111 @@ class Recipe:
         return self.paths[shard], self.orders[shard][index - first]
 
 
-class Lane:
-    """An endless stream of packs. Its cursor says all that is needed to go on:
+class Reader:
+    """One lane's way through a recipe. `open` are the documents that wait to be packed, the oldest first.
 
-    {"pack": 7, "recipes": {"text": {"epoch": 0, "index": 12, "fed": 3402}, …}}: after seven packs the lane
-    stands at its thirteenth sample of `text` in the first epoch, and 3,402 positions were of this recipe.
+    Its cursor {"epoch": 0, "index": 12, "open": [[0, 9], [0, 11]], "fed": 3402} says: twelve of the lane's
+    samples have been read in the first epoch, the tenth and twelfth wait, 3,402 positions have been packed.
     """
+
+    def __init__(self, c: Settings, tok: Tokenizer, recipe: Recipe, lane: int, lanes: int, cursor: dict):
+        self.tok = tok
+        self.recipe = recipe
+        self.lane = lane
+        self.lanes = lanes
+        self.length = c.train.pack_length
+        self.most_open = c.train.open_documents
+        self.cursor = cursor
+        self.open = [self.read(epoch, index) for epoch, index in cursor["open"]]
+
+    def position(self, index: int) -> int:
+        """Where the lane's index-th sample stands in an epoch: lane l of G reads l, l + G, l + 2 G, …"""
+        return index * self.lanes + self.lane % self.recipe.total
+
+    def read(self, epoch: int, index: int) -> Encoded:
+        path, number = self.recipe.locate(epoch, self.position(index))
+        return read_encoded(path, number, self.tok)
+
+    def open_more(self) -> list[str]:
+        """Read on until enough documents are open. Those longer than a pack are left out: their names."""
+        skipped = []
+        in_a_row = 0
+        while len(self.open) < self.most_open:
+            epoch, index = self.cursor["epoch"], self.cursor["index"]
+            document = self.read(epoch, index)
+            self.cursor["index"] += 1
+            if self.position(index + 1) >= self.recipe.total:
+                self.cursor |= {"epoch": epoch + 1, "index": 0}
+            if len(document.ids) <= self.length:
+                self.open.append(document)
+                self.cursor["open"].append([epoch, index])
+                in_a_row = 0
+                continue
+            skipped.append(document.name)
+            in_a_row += 1
+            if in_a_row > self.recipe.total:
+                raise UserError(f"Every sample of the recipe {self.recipe.name} is longer than a pack "
+                                f"({self.length} positions, {document.name} has {len(document.ids)}); "
+                                "raise train.pack_length.")
+        return skipped
+
+    def take(self, number: int) -> Encoded:
+        """One of the open documents, to be packed."""
+        self.cursor["open"].pop(number)
+        document = self.open.pop(number)
+        self.cursor["fed"] += len(document.ids)
+        return document
+
+
+class Lane:
+    """An endless stream of packs. Its cursor, made of its readers', is all that it needs to go on."""
 
     def __init__(self, c: Settings, tok: Tokenizer, stage: str, lane: int, cursor: dict | None):
         settings = c.train.stages[stage]
-        self.tok = tok
-        self.lane = lane
-        self.lanes = settings.packs
         self.length = c.train.pack_length
         self.ctc = settings.ctc
         self.mix = {name: share for name, share in settings.mix.items() if share > 0}
-        self.recipes = {name: Recipe(c, name, stage) for name in self.mix}
-        start = {"pack": 0, "recipes": {name: {"epoch": 0, "index": 0, "fed": 0} for name in self.mix}}
-        self.cursor = cursor or start
-        self.open: dict[str, Encoded] = {}                             # the document at which a recipe stands
-        self.skipped: list[str] = []
+        start = {name: {"epoch": 0, "index": 0, "open": [], "fed": 0} for name in self.mix}
+        self.cursor = cursor or {"pack": 0, "recipes": start}
+        self.readers = {}
+        for name in self.mix:
+            recipe = Recipe(c, name, salt=stage)
+            self.readers[name] = Reader(c, tok, recipe, lane, settings.packs, self.cursor["recipes"][name])
 
     def pack(self) -> Pack:
-        """Fill a pack with documents while they fit; the first that does not opens the next pack."""
+        """Fill a pack with documents until none of the open ones fits into what is left of it."""
         documents: list[Encoded] = []
+        skipped: list[str] = []
         room = self.length
         while True:
-            name = self.hungriest()
-            document = self.document(name)
-            if len(document.ids) > room:
+            for reader in self.readers.values():
+                skipped += reader.open_more()
+            chosen = self.choose(room)
+            if chosen is None:
                 break
-            documents.append(document)
-            room -= len(document.ids)
-            self.cursor["recipes"][name]["fed"] += len(document.ids)
-            self.advance(name)
-            if not room:
-                break
+            name, number = chosen
+            documents.append(self.readers[name].take(number))
+            room -= len(documents[-1].ids)
         self.cursor["pack"] += 1
-        skipped, self.skipped = self.skipped, []
         return packed(documents, self.ctc, waste=room, skipped=skipped, cursor=self.cursor)
+
+    def choose(self, room: int) -> tuple[str, int] | None:
+        """The next document as (recipe, number among its open ones): the oldest of the hungriest recipe, or, where
+        that does not fit any more, the longest one that does."""
+        hungriest = self.hungriest()
+        if len(self.readers[hungriest].open[0].ids) <= room:
+            return hungriest, 0
+        lengths = {(name, number): len(document.ids) for name, reader in self.readers.items()
+                   for number, document in enumerate(reader.open)}
+        fitting = [which for which, length in lengths.items() if length <= room]
+        return max(fitting, key=lengths.get, default=None)
 
     def hungriest(self) -> str:
         """The recipe that is furthest below its share of positions."""
-        fed = {name: self.cursor["recipes"][name]["fed"] for name in self.mix}
+        fed = {name: reader.cursor["fed"] for name, reader in self.readers.items()}
         total = sum(fed.values())
         shares = sum(self.mix.values())
         return max(self.mix, key=lambda name: self.mix[name] / shares * total - fed[name])
-
-    def document(self, name: str) -> Encoded:
-        """The document at which a recipe stands; those longer than a pack are skipped."""
-        skipped = 0
-        while name not in self.open:
-            cursor = self.cursor["recipes"][name]
-            path, number = self.recipes[name].locate(cursor["epoch"], self.position(name))
-            document = self.open[name] = read_encoded(path, number, self.tok)
-            if len(document.ids) > self.length:
-                self.skipped.append(document.name)
-                self.advance(name)
-                skipped += 1
-            if skipped > self.recipes[name].total:
-                raise UserError(f"Every sample of the recipe {name} is longer than a pack ({self.length} "
-                                f"positions, {document.name} has {len(document.ids)}); raise "
-                                "train.pack_length.")
-        return self.open[name]
-
-    def position(self, name: str) -> int:
-        """Where the lane's next sample stands in the epoch: lane l of G reads samples l, l + G, l + 2 G, …"""
-        return self.cursor["recipes"][name]["index"] * self.lanes + self.lane % self.recipes[name].total
-
-    def advance(self, name: str) -> None:
-        """Move a recipe's cursor to the lane's next sample, into the next epoch after the last."""
-        cursor = self.cursor["recipes"][name]
-        cursor["index"] += 1
-        if self.position(name) >= self.recipes[name].total:
-            cursor["epoch"] += 1
-            cursor["index"] = 0
-        del self.open[name]
 
 
 class Lanes(IterableDataset):
