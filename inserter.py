@@ -925,7 +925,7 @@ class Lane:
         return packed(documents, self.ctc, waste=room, skipped=skipped, cursor=self.cursor)
 
     def choose(self, room: int) -> tuple[str, int] | None:
-        """The next document as (recipe, number among its open ones): the oldest of the hungriest recipe, or, where
+        """The next document as (recipe, number among its open ones): the oldest of the hungriest recipe; where
         that does not fit any more, the longest one that does."""
         hungriest = self.hungriest()
         if len(self.readers[hungriest].open[0].ids) <= room:
