@@ -925,8 +925,8 @@ class Lane:
         return packed(documents, self.ctc, waste=room, skipped=skipped, cursor=self.cursor)
 
     def choose(self, room: int) -> tuple[str, int] | None:
-        """The next document as (recipe, number among its open ones): the oldest of the hungriest recipe; where
-        that does not fit any more, the longest one that does."""
+        """The next document as (recipe, number among its open ones): the oldest of the hungriest recipe, or,
+        where that does not fit any more, the longest one that does."""
         hungriest = self.hungriest()
         if len(self.readers[hungriest].open[0].ids) <= room:
             return hungriest, 0
@@ -1320,8 +1320,8 @@ def read_checkpoint(source: str | Path, model_type: str,
         raise UserError(f"{folder / 'model.safetensors'} is missing or damaged ({type(error).__name__}); "
                         f"{REMEDY}.") from None
     for name in sorted(report["unexpected_keys"]):
-        raise UserError(f"{folder}: its config.json and its weights disagree at {name}, for which the model has "
-                        f"no place; {REMEDY}.")
+        raise UserError(f"{folder}: its config.json and its weights disagree at {name}, for which the model "
+                        f"has no place; {REMEDY}.")
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in lacking}
     return model.config, tensors, folder
@@ -2440,23 +2440,37 @@ def main(arguments: list[str]) -> None:
 
 PREVIEW = """<!doctype html><html lang="en"><meta charset="utf-8"><title>InSerter: samples</title><style>
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-section { border-top: 1px solid #ccc; padding: .5em 0 } h2 { font-size: 1em; color: #666; margin: .3em 0 } p {
-white-space: pre-wrap; overflow-wrap: anywhere } summary { cursor: pointer; color: #666 } .speech { display:
-inline-block; vertical-align: top; background: #e6f0fb; border-radius: .4em; padding: .1em .5em;
-          margin: .1em }
-.speech small { color: #467; margin-left: .6em } .speech audio { height: 2em; width: 17em; vertical-align:
-middle } .loss { border-bottom: 2px solid #e08a00 } .key span { margin-right: 1.5em } code { display: inline-
-block; white-space: pre-wrap; margin: 0 1px .3em; background: #f0f0f0 } </style> <h1>InSerter: samples</h1> <p
-class="key"><span class="speech">speech, with the words spoken</span><span class="loss">text that carries
-loss</span>\ <span>text that only conditions</span></p> {% for sample in samples %} <section><h2>{{ sample.id
-}}</h2> {% for role, parts in sample.turns %}<p>{% if role %}<b>{{ role }}</b> {% endif %} {%- for part in
-parts %}{% if part.role == "speech" -%} <span class="speech">{{ part.text }}<br><audio controls
-preload="metadata" src="data:audio/flac;base64,\ {{ sample.audio[part.audio] }}"></audio><small>{{ part.voice
-}}, {{ part.seconds }} s</small></span> {%- else -%} <span class="{{ "loss" if part.loss else "text" }}">{{
-part.text }}</span> {%- endif %}{% endfor %}</p> {% endfor -%} <details><summary>{{ sample.positions }}
-positions, {{ sample.targets }} targets (underlined)</summary> {%- for token, is_target, times in
-sample.tokens -%} <code class="{{ "loss" if is_target }}">{{ token | replace("\\n", "⏎") }}</code>{% if times
-> 1 %}× {{ times }} {% endif %} {%- endfor %}</details></section> {% endfor %}</html>
+section { border-top: 1px solid #ccc; padding: .5em 0 }
+h2 { font-size: 1em; color: #666; margin: .3em 0 }
+p { white-space: pre-wrap; overflow-wrap: anywhere }
+summary { cursor: pointer; color: #666 }
+.speech { display: inline-block; vertical-align: top; background: #e6f0fb; border-radius: .4em; margin: .1em;
+          padding: .1em .5em }
+.speech small { color: #467; margin-left: .6em }
+.speech audio { height: 2em; width: 17em; vertical-align: middle }
+.loss { border-bottom: 2px solid #e08a00 }
+.key span { margin-right: 1.5em }
+code { display: inline-block; white-space: pre-wrap; margin: 0 1px .3em; background: #f0f0f0 }
+</style>
+<h1>InSerter: samples</h1>
+<p class="key"><span class="speech">speech, with the words spoken</span>
+<span class="loss">text that carries loss</span> <span>text that only conditions</span></p>
+{% for sample in samples %}
+<section><h2>{{ sample.id }}</h2>
+{% for role, parts in sample.turns %}<p>{% if role %}<b>{{ role }}</b> {% endif %}
+{%- for part in parts %}{% if part.role == "speech" -%}
+<span class="speech">{{ part.text }}<br><audio controls preload="metadata" src="data:audio/flac;base64,\
+{{ sample.audio[part.audio] }}"></audio><small>{{ part.voice }}, {{ part.seconds }} s</small></span>
+{%- else -%}
+<span class="{{ "loss" if part.loss else "text" }}">{{ part.text }}</span>
+{%- endif %}{% endfor %}</p>
+{% endfor -%}
+<details><summary>{{ sample.positions }} positions, {{ sample.targets }} targets (underlined)</summary>
+{%- for token, is_target, times in sample.tokens -%}
+<code class="{{ "loss" if is_target }}">{{ token | replace("\\n", "⏎") }}</code>
+{%- if times > 1 %}× {{ times }} {% endif %}
+{%- endfor %}</details></section>
+{% endfor %}</html>
 """
 
 
