@@ -668,7 +668,7 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
             loss_sum += loss.detach()        # read once a step: nothing in between waits for a GPU
 
         # 3. Clip. A norm that is not finite is the same on all ranks, and stops them before the weights
-        # change.
+        #    change.
         norm = float(nn.utils.clip_grad_norm_(trained, c.train.clip))
         if not math.isfinite(norm):
             names = [name for names in gather([n for pack in packs for n in pack.names]) for name in names]

@@ -34,7 +34,7 @@ A SAMPLE is what a shard holds and what inserter.py trains on, the same for ever
     chat          a dialogue, its questions spoken or typed                           the assistant's turns
 
     python synth.py                           make the shards that are missing
-    python synth.py shard=0/4                 make the first quarter of them (on four machines, say)
+    python synth.py shard=0/4                 make a quarter of them; 1/4, 2/4 and 3/4 on other machines, say
     python synth.py synth.corpus='books/*.txt' data=data/books      your own text
 
 Everything a shard holds follows from the settings and the shard's number, so an interrupted synthesis
@@ -93,7 +93,8 @@ class UserError(Exception):
 # The heart of the method (paper, section 3.1). A document is {"text"} or {"messages"}. Some segments of
 # it are chosen to be spoken, at word level: spans of at least five words until about 30 % of the words
 # are speech; or at sentence level: whole sentences, about 40 %. Four recipes make samples of documents.
-# Here a speech part has its words and its voice; sections 3 and 6 add the clip.
+# Here a speech part has its words, the voice that will say them, and the `loss` that it would have as text;
+# section 6 gives it a clip and keeps the voice's id.
 # --------------------------------------------------------------------------------------------------
 
 Ranges = list[tuple[int, int]]                          # (start, end) of each, in order, not overlapping
@@ -134,19 +135,19 @@ def draw_lengths(n: int, share: float, least: int, most: int, rng: Random) -> li
     """Draw span lengths from least to most until the budget of share * n words is spent.
 
     The length that goes beyond the budget is kept with the probability that makes the expectation exact.
-    Where no further span has room, the rest of the budget lengthens one (rounded at random).
+    Where no further span has room, what is left of the budget lengthens one, even beyond `most`.
 
     >>> draw_lengths(n=20, share=0.5, least=5, most=9, rng=Random(2))
     [5, 5]
-    >>> draw_lengths(n=8, share=0.75, least=5, most=9, rng=Random(4))       # six of eight words
-    [6]
+    >>> draw_lengths(n=12, share=0.9, least=5, most=9, rng=Random(0))       # no room for a second one
+    [11]
     """
     budget = share * n
     lengths = []
     while (left := budget - sum(lengths)) > 0:
         room = n - sum(lengths) - len(lengths)              # a word of text stays between spans
         if room < least:
-            more = min(int(left + rng.random()), room + 1)
+            more = min(int(left + rng.random()), room + 1)  # which a span that only grows does not need
             if lengths and more > 0:
                 lengths[rng.randrange(len(lengths))] += more
             break
@@ -270,6 +271,34 @@ def splice_dialogue(turns: list[dict], ranges: list[Ranges], targets: Iterable[s
     return {"parts": None, "messages": messages}
 
 
+def gender_word(words: str, voice: dict) -> str | None:
+    return {"f": "woman", "m": "man"}.get(voice.get("gender"))
+
+
+def speed_word(words: str, voice: dict) -> str | None:
+    """A voice's speed: what it says of itself, or its rate, config.yaml's default range cut in three.
+
+    >>> [speed_word("", voice) for voice in ({"rate": 190}, {"rate": 230}, {"speed": "slow"}, {})]
+    ['slow', 'fast', 'slow', None]
+    """
+    if voice.get("speed"):
+        return voice["speed"]
+    rate = voice.get("rate")
+    if rate is None:
+        return None
+    if rate < 200:
+        return "slow"
+    return "normal" if rate < 220 else "fast"
+
+
+# Each task's question after the speech, and its answer from the words and the voice; None: it is not known.
+TASKS = {
+    "transcribe": {"ask": "Transcript:", "answer": lambda words, voice: words},
+    "speaker": {"ask": "Speaker:", "answer": gender_word},
+    "speed": {"ask": "Speed:", "answer": speed_word},
+}
+
+
 # A recipe takes a document, the settings, the generator and `voice_for`, and yields samples, of which
 # plan_shard (section 6) completes id, recipe and lang.
 
@@ -296,7 +325,8 @@ def tasks(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) 
     who speaks or how fast. Four samples of a document.
 
     Short clips teach hearing sooner than whole sentences do: little else than the clip tells what was said.
-    What cannot be read or answered (a voice of unknown gender) is transcribed.
+    Where the answer is not known (a voice of unknown gender), it is transcribed; words that the voice cannot
+    read stay text, to be copied.
 
     >>> document = {"text": "it is red."}
     >>> voice_for = lambda words: {"id": "f3", "gender": "f", "rate": 190}
@@ -322,13 +352,13 @@ def tasks(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) 
             start, end = sorted(rng.sample(cuts, 2))
         task = rng.choices(list(settings.tasks), list(settings.tasks.values()))[0]
         words = text[start:end].rstrip(" ,")
-        clip, = splice(words, [(0, len(words))], False, voice_for)
-        answer = TASKS[task]["answer"](words, clip.get("voice", {}))
+        heard, = splice(words, [(0, len(words))], False, voice_for)
+        answer = TASKS[task]["answer"](words, heard.get("voice", {}))
         if answer is None:
             task = "transcribe"
             answer = words
         question = text_part(TASKS[task]["ask"], False)
-        yield {"parts": [clip, question, text_part(" " + answer, True)], "messages": None}
+        yield {"parts": [heard, question, text_part(" " + answer, True)], "messages": None}
 
 
 def plain_text(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) -> Iterator[dict]:
@@ -362,34 +392,6 @@ def chat(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) -
 
 
 RECIPES = {"interleaved": interleaved, "tasks": tasks, "text": plain_text, "chat": chat}
-
-
-def gender_word(words: str, voice: dict) -> str | None:
-    return {"f": "woman", "m": "man"}.get(voice.get("gender"))
-
-
-def speed_word(words: str, voice: dict) -> str | None:
-    """A voice's speed: what it says of itself, or its rate, config.yaml's default range cut in three.
-
-    >>> [speed_word("", voice) for voice in ({"rate": 190}, {"rate": 230}, {"speed": "slow"}, {})]
-    ['slow', 'fast', 'slow', None]
-    """
-    if voice.get("speed"):
-        return voice["speed"]
-    rate = voice.get("rate")
-    if rate is None:
-        return None
-    if rate < 200:
-        return "slow"
-    return "normal" if rate < 220 else "fast"
-
-
-# Each task's question after the speech, and its answer from the words and the voice; None: it is not known.
-TASKS = {
-    "transcribe": {"ask": "Transcript:", "answer": lambda words, voice: words},
-    "speaker": {"ask": "Speaker:", "answer": gender_word},
-    "speed": {"ask": "Speed:", "answer": speed_word},
-}
 
 
 def parts_of(sample: dict) -> list[list[dict]]:
@@ -503,7 +505,7 @@ def timbre_split(timbre: str, held_out: dict[str, float]) -> str:
     True
     """
     throat = timbres()[timbre]["throat"] if timbre in timbres() else timbre
-    share = hash_share(f"split {throat}")   # this salt leaves a third of the women, no easier voices, to test
+    share = hash_share(f"split {throat}")   # this salt: a third of the women, no easier voices
     if share < held_out["test"]:
         return "test"
     return "dev" if share < held_out["test"] + held_out["dev"] else "train"
@@ -726,11 +728,11 @@ def speakable(text: str, lang: str) -> bool:
     >>> [speakable(text, "en-us") for text in ("the ball is red", "see https://a.b", "球是红的")]
     [True, False, False]
     """
-    foreign = FOREIGN.get(lang.lower().split("-")[0], UNSPEAKABLE)
+    foreign = FOREIGN.get(lang.lower().split("-")[0], UNSPEAKABLE)     # others: nothing more to judge
     return bool(re.search(r"\w", text)) and not UNSPEAKABLE.search(text) and not foreign.search(text)
 
 
-def voice_for(rng: Random, chosen_from: list, settings: Settings, words: str) -> dict | None:
+def readable_voice(rng: Random, chosen_from: list, settings: Settings, words: str) -> dict | None:
     """Draw a voice for these words; None where it cannot read them, so that they stay text."""
     voice = draw_voice(rng, chosen_from, settings)
     return voice if speakable(words, voice.get("lang", settings.lang)) else None
@@ -742,7 +744,7 @@ def filters(rate: int) -> tuple[int, int, list[tuple[int, int, torch.Tensor]]]:
 
     From 22,050 Hz, 441 samples in give 320 out, each phase by its own filter. torchaudio convolves with all
     320 at full length, nine tenths of it zeros; here 32 neighbouring phases share the stretch that they need.
-    16 zero crossings, not its default 6: 7 kHz keeps its level (there -1.8 dB), 9 kHz folds at -46 (-17)."""
+    With 16 zero crossings in place of its default 6, tones up to 7 kHz keep their level."""
     resample = torchaudio.transforms.Resample(rate, RATE, lowpass_filter_width=16)
     bank = []
     for phases in resample.kernel[:, 0].split(32):                                   # (320, 487) by 32
@@ -922,7 +924,7 @@ def read_sample(path: Path, number: int) -> tuple[dict, dict[str, bytes]]:
 
 CORPUS_KEYS = ("corpus", "documents", "held_out_documents", "held_out_share", "shard_documents",
                "max_document", "facts")
-OTHER_DATA = "choose another folder with data=…, or make it anew with fresh=true"
+OTHER_DATA = "choose another folder with data=…, or make it anew with python synth.py fresh=true"
 
 
 def make_corpus(c: Settings) -> dict[str, int]:
@@ -1139,7 +1141,8 @@ CLIPS_AT_ONCE = 32                # clips resampled, and batched by hf: engines,
 def plan_shard(c: Settings, recipe: str, split: str, number: int) -> list[dict]:
     """The samples of corpus shard `number`; their speech parts have a voice, a dict, and no clip yet.
 
-    Every document has a generator of its own, and a sample's voices are drawn before the next sample.
+    A document's generator is seeded by the number of samples before it; a sample's voices are drawn before the
+    next sample.
     """
     settings = c.synth
     pool = read_voices(settings.voices) if settings.voices else None
@@ -1149,7 +1152,7 @@ def plan_shard(c: Settings, recipe: str, split: str, number: int) -> list[dict]:
     samples = []
     for line in path.read_bytes().splitlines():
         rng = Random(f"{c.seed} {recipe} {split} {number} {len(samples)}")
-        draw = functools.partial(voice_for, rng, chosen_from, settings)
+        draw = functools.partial(readable_voice, rng, chosen_from, settings)
         for sample in RECIPES[recipe](json.loads(line), settings, rng, draw):
             name = f"{recipe}-{split}-{first + len(samples):06d}"
             samples.append({"id": name, "recipe": recipe, "lang": settings.lang} | sample)
@@ -1652,7 +1655,7 @@ def main(arguments: list[str]) -> None:
 #
 # A grammar of a few hundred words that writes short stories and instruction dialogues, so that the
 # whole method runs offline in minutes. Stories carry facts that later sentences need. A dialogue asks
-# one of sixteen kinds of instruction under one of seventeen constraints whose names and arguments are
+# one of sixteen kinds of instruction under none or one of fifteen constraints whose names and arguments are
 # SpeechInstructBench's own (IFEval's), so a rule knows every verdict.
 # --------------------------------------------------------------------------------------------------
 
@@ -1789,7 +1792,7 @@ def split_of(kind: str, x: str, constraint: str) -> str:
 
 
 def allowed(kind: str, constraint: str) -> bool:
-    """Whether a constraint makes sense for a kind: bullets want a list, "in one word" wants one word."""
+    """Whether a constraint makes sense for a kind: bullets want a list, "in less than four words" one."""
     shape = "word"
     if kind in LISTS:
         shape = "list"
@@ -1856,7 +1859,7 @@ def draw_adjustment(rng: Random, split: str, kinds: list[str]) -> dict:
 
 
 def disfluent(prompt: str, rng: Random) -> str:
-    """Speak a prompt as people do, with a filler, a repetition and a restart at random.
+    """Speak a prompt as people do, with fillers and a repetition at random places.
 
     >>> disfluent("what colour is the sun", Random(2))
     'er um what um what colour is the sun'
