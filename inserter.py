@@ -10,7 +10,7 @@ the token to be predicted there, or - where the loss does not look:
 Speech is conditioned on and never predicted; the text after it is, from its first token on. The label of that
 token stands at <|audio_eos|>: to get it right, the model has to use what it has heard. That is the method.
 
-Samples are packed end to end, never padded; attention stays inside a sample by `cu_seqlens`, its boundaries:
+Samples are packed end to end, without padding; attention stays inside a sample by its bounds, `cu_seqlens`:
 
     waveforms ── log-mel ── Encoder ── Adapter ──┐ one vector per 40 ms, put in place of each <|AUDIO|>
     ids (T,) ────────────── embeddings ──────────┴── LLM ── LM head at the labelled positions ── loss
@@ -22,7 +22,8 @@ Samples are packed end to end, never padded; attention stays inside a sample by 
     python inserter.py ask="what colour is the sun"       or a typed one
 
 Legend  T positions of a pack   d width   Hq, Hkv query and key-value heads   D head size   V vocabulary
-        N, F, L  frames, frames kept as context, convolution outputs of one clip   B prompts being answered
+        N, F, L  frames, frames kept as context, convolution outputs of one clip   G packs of a step
+        B prompts being answered
 """
 from __future__ import annotations
 
@@ -135,7 +136,7 @@ class Encoded:
     ids: list[int]
     labels: list[int]
     clips: list[np.ndarray]
-    words: list[list[int]]                   # the tokens of each clip's words, which a CTC stage asks for
+    word_ids: list[list[int]]                # the tokens of each clip's words, which a CTC stage asks for
 
 
 def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bool = False,
@@ -146,8 +147,8 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
     typed: read every speech part as its text instead (the ceiling that the gap is measured against)
     reply: end with the opening of the assistant's turn, for generation
 
-    Every text part says whether it carries loss. Markup never does, but for an assistant's <|im_end|>; nor do
-    the audio tokens.
+    Every text part says whether it carries loss. Markup does so twice: an assistant's <|im_end|>, and the
+    <|endoftext|> that ends a document. The audio tokens never do.
 
     {"parts": [text "hi ", speech of 2 positions, text " you"]}, loss on both texts, gives
         ids     hi  <|audio_bos|>  <|AUDIO|>  <|AUDIO|>  <|audio_eos|>   you           <|endoftext|>
@@ -164,7 +165,7 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
         clip = clips[part["audio"]]
         encoded.clips.append(clip)
         words = synth.WORD.findall(part["text"].lower())
-        encoded.words.append([i for word in words for i in tok(f" {word}")])
+        encoded.word_ids.append([i for word in words for i in tok(f" {word}")])
         if in_dialogue:                      # the template numbers the clips of a dialogue
             put(tok(f"Audio {len(encoded.clips)}: "), False)
         heard = [tok.special[AUDIO]] * audio_positions(len(clip))
@@ -245,13 +246,14 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
                     buckets: tuple | None = None) -> Tensor:
     """Softmax attention of every position over its own document only (the positions before it, if `causal`).
 
-    This is the meaning; `fused_attention`, the kernel at the end of the file, computes exactly this on a GPU.
-    Documents of similar length are attended together by torch's SDPA, padded to the longest of their bucket.
+    For each document, rows start to end of q, k and v, this is torch's scaled_dot_product_attention of these
+    rows. Documents of similar length share a call, padded to the longest of their bucket. `fused_attention`,
+    the kernel at the end of the file, computes exactly this on a GPU.
 
     q           (T, Hq, D)
     k, v        (T, Hkv, D); query head h reads key-value head h // (Hq / Hkv)
     cu_seqlens  (documents + 1,) int32 from 0 to T, empty ones allowed: [0, 3, 10] is documents of 3 and 7
-    buckets     the index work of `length_buckets` (section 5), shared by all layers
+    buckets     the index work of `length_buckets`, shared by all layers
     -> (T, Hq, D)
     """
     rows, blocks, back = buckets or length_buckets(cu_seqlens, causal, q.device)
@@ -264,6 +266,38 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
         out = F.scaled_dot_product_attention(*qkv, mask, is_causal=causal, enable_gqa=grouped)
         outputs.append(out.transpose(1, 2).flatten(0, 1))                               # (n L, Hq, D)
     return torch.cat(outputs).index_select(0, back)
+
+
+def length_buckets(cu_seqlens: Tensor, causal: bool, device: torch.device) -> tuple[Tensor, list, Tensor]:
+    """The index work of plain_attention, which depends on the documents' lengths alone.
+
+    Lengths [3, 0, 7, 2] fall into the buckets (2, 4], (4, 8] and (1, 2]; the empty document is nowhere.
+    -> rows    where the padded rows of all buckets come from
+       blocks  [(documents n, longest L, mask of real keys (n, 1, 1, L) or None)], here (1, 3), (1, 7), (1, 2)
+       back    (T,) the row at which each position's result stands
+    """
+    bounds = cu_seqlens.cpu().long()
+    starts, lengths = bounds[:-1], bounds.diff()
+    buckets: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths.tolist()):
+        if length:
+            buckets.setdefault((length - 1).bit_length(), []).append(document)
+    back = torch.empty(int(bounds[-1]), dtype=torch.int64)
+    sources, blocks, filled = [], [], 0
+    for documents in buckets.values():
+        start = starts[documents, None]                                                 # (n, 1)
+        length = lengths[documents, None]
+        column = torch.arange(int(length.max()))                                        # (L,)
+        is_real = column < length                                                       # (n, L)
+        rows = start + torch.minimum(column, length - 1)                                # padded by real rows
+        back[rows[is_real]] = filled + is_real.flatten().nonzero()[:, 0]
+        filled += rows.numel()
+        mask = None
+        if not causal and not is_real.all():          # causal: padding is last, where no query looks
+            mask = is_real[:, None, None].to(device)
+        sources.append(rows.flatten())
+        blocks.append((*rows.shape, mask))
+    return torch.cat(sources).to(device), blocks, back.to(device)
 
 
 def uses_kernel(device: torch.device, head_size: int) -> bool:
@@ -333,7 +367,7 @@ class Encoder(nn.Module):
         _, position = ragged(lengths)
         x = x + self.embed_positions(position.to(device, non_blocking=True))
         starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-        x = F.pad(x, (0, 0, 0, -len(x) % 16))             # a clip nobody hears rounds up: few shapes on a GPU
+        x = F.pad(x, (0, 0, 0, -len(x) % 16))             # a clip that nobody hears fills up, see batch_of
         attend = packed_attention(F.pad(starts, (0, 1), value=len(x)), False, x, self.head_size)
         x = run_blocks(self.layers, x, recompute, attend)
         owner, pair = ragged(lengths // 2)            # pooled inside each clip; an odd last output is dropped
@@ -495,7 +529,7 @@ class InSerter(nn.Module):
     def __init__(self, config: Qwen2AudioConfig):
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
+        self.recompute = False
         self.audio_tower = Encoder(config.audio_config)
         self.multi_modal_projector = Adapter(config)
         self.language_model = LLM(config.text_config)
@@ -512,7 +546,7 @@ class InSerter(nn.Module):
             if not audio_positions(len(waveform)) or len(waveform) > LONGEST:
                 raise UserError(f"A clip of {len(waveform) / RATE:.3f} s cannot be heard: clips last from "
                                 "0.021 to 30 s; drop it, or cut it into shorter ones.")
-        return self.multi_modal_projector(self.audio_tower(waveforms, self.checkpoint_blocks))
+        return self.multi_modal_projector(self.audio_tower(waveforms, self.recompute))
 
     def embed(self, ids: Tensor, waveforms: list[Tensor]) -> Tensor:
         """Embeddings of a pack: ids (T,), each <|AUDIO|> replaced in order by one vector heard -> (T, d)."""
@@ -526,8 +560,8 @@ class InSerter(nn.Module):
                              f"give {count}; count them with audio_positions(samples).")
         x = table(ids.to(table.weight.device, non_blocking=True))
         if waveforms:
-            slots = torch.nonzero_static(is_audio, size=count)[:, 0].to(x.device, non_blocking=True)
-            return x.index_copy(0, slots, self.hear(waveforms).to(x.dtype))
+            rows = torch.nonzero_static(is_audio, size=count)[:, 0].to(x.device, non_blocking=True)
+            return x.index_copy(0, rows, self.hear(waveforms).to(x.dtype))
         if torch.is_grad_enabled():          # DDP hangs where a parameter is missing from one rank's graph
             x = x + 0 * self.hear([torch.zeros(4 * HOP)]).sum()
         return x
@@ -542,19 +576,19 @@ class InSerter(nn.Module):
         x = self.embed(ids, waveforms)
         attend = packed_attention(cu_seqlens, True, x, self.language_model.head_size)
         position_ids = position_ids.to(x.device, non_blocking=True)
-        return self.language_model(x, position_ids, attend, self.checkpoint_blocks)
+        return self.language_model(x, position_ids, attend, self.recompute)
 
     def forward(self, ids: Tensor, labels: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
-                waveforms: list[Tensor], chunk: int, words: list[list[int]] | None = None) -> Tensor:
-        """Sum of the loss in nats (section 3), a float32 scalar; every parameter takes part in it.
+                waveforms: list[Tensor], chunk: int, word_ids: list[list[int]] | None = None) -> Tensor:
+        """Sum of the loss in nats (section 3), a float32 scalar. Every parameter takes part (not by CTC).
 
         labels[t] (T,) int64 is the token that should FOLLOW position t, or IGNORE where none is asked for;
         `chunk` positions at a time go through the head; the other arguments are those of `hidden`. With
-        `words` the loss is `word_loss` alone.
+        `word_ids` the loss is `word_loss` alone.
         """
-        if words is None:
+        if word_ids is None:
             return next_token_losses(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk).sum()
-        return word_loss(self, waveforms or [torch.zeros(4 * HOP)], words or [[]])
+        return word_loss(self, waveforms or [torch.zeros(4 * HOP)], word_ids or [[]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -584,18 +618,18 @@ def next_token_losses(model: InSerter, ids: Tensor, labels: Tensor, position_ids
     return torch.cat([computed_again(losses, h, t) for h, t in chunks])
 
 
-def word_loss(model: InSerter, waveforms: list[Tensor], words: list[list[int]]) -> Tensor:
+def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]]) -> Tensor:
     """Summed nats of each clip's words (their tokens) by CTC (Graves et al. 2006). <|AUDIO|> is the blank.
 
     Encoder, adapter and the LLM without its blocks say, vector by vector, which word they hear, so that a
-    word heard comes to lie near the same word read. Words without room among the vectors are left out.
+    word heard comes to lie near the same word read. A clip with more tokens than vectors counts nothing.
     """
     heard = model.language_model.model.norm(model.hear(waveforms))
     lengths = [audio_positions(len(w)) for w in waveforms]
     logits = model.language_model.lm_head(heard).float().log_softmax(1).split(lengths)
     logits = nn.utils.rnn.pad_sequence(logits, batch_first=True).transpose(0, 1)        # (longest, clips, V)
-    targets = torch.tensor([i for ids in words for i in ids])
-    counts = [len(ids) for ids in words]
+    targets = torch.tensor([i for ids in word_ids for i in ids])
+    counts = [len(ids) for ids in word_ids]
     return F.ctc_loss(logits, targets.to(heard.device), lengths, counts, blank=model.config.audio_token_index,
                       reduction="sum", zero_infinity=True)
 
@@ -623,24 +657,24 @@ class Progress:
         return self.targets / stage.tokens
 
 
-def rate_at(stage: Settings, step: int, share: float) -> float:
-    """Factor of the learning rate: linear over `ramp` steps, then a cosine to `floor` at the stage's end."""
+def lr_factor(stage: Settings, step: int, share: float) -> float:
+    """Of the stage's learning rates: linear over `ramp` steps, then a cosine to `floor` at its end."""
     ramp = min(1.0, (step + 1) / max(stage.ramp, 1))
     cosine = (1 + math.cos(math.pi * min(share, 1))) / 2
     return ramp * (stage.floor + (1 - stage.floor) * cosine)
 
 
-def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress, slots: dict[str, Tensor],
+def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress, saved: dict[str, Tensor],
                 stopping: list[int]) -> bool:
     """Train one stage from where it stands. True: it is done. False: a signal stopped it; the state is saved.
 
-    slots: the optimizers' saved tensors, empty at a stage's beginning; stopping: not empty after a signal
+    saved: the optimizers' tensors, none at a stage's beginning; stopping: not empty after a signal
     """
     stage = c.train.stages[progress.stage]
     rank, world = rank_and_world()
+    trained = freeze(model, stage)
     optimizers = make_optimizers(c, model, stage)
-    restore_slots(model, optimizers, slots)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    restore_optimizers(model, optimizers, saved)
     network = DistributedDataParallel(model, find_unused_parameters=stage.ctc) if world > 1 else model
     feed = Feed(c, tok, progress, lanes=list(range(rank, stage.packs, world)))
     log = Log(c, progress, stage)
@@ -658,12 +692,12 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
         # 2. Forward and backward. The gradient is that of the mean over all ranks' targets: DDP averages over
         #    ranks, so each divides its own sum by targets / world. Ranks meet in the last pass only.
         loss_sum = torch.zeros((), device=device_here())
-        groups = [packs[i:i + c.train.packs_at_once] for i in range(0, len(packs), c.train.packs_at_once)]
-        for group in groups:
-            is_last = group is groups[-1]
+        micro_batches = list(batches(packs, c.train.packs_at_once))
+        for micro_batch in micro_batches:
+            is_last = micro_batch is micro_batches[-1]
             with contextlib.nullcontext() if is_last or world == 1 else network.no_sync():
                 with mixed_precision(c):
-                    loss = network(**batch_of(group), chunk=c.train.loss_chunk)
+                    loss = network(**batch_of(micro_batch), chunk=c.train.loss_chunk)
                 (loss * (world / max(totals["targets"], 1))).backward()
             loss_sum += loss.detach()        # read once a step: nothing in between waits for a GPU
 
@@ -676,10 +710,10 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
                             f"was changed by it. Samples: {', '.join(names)}.")
 
         # 4. Step.
-        rate = rate_at(stage, progress.stage_step, progress.share(stage))
+        factor = lr_factor(stage, progress.stage_step, progress.share(stage))
         for optimizer in optimizers:
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = parameters["rate"] * rate
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         progress.step += 1
@@ -688,9 +722,9 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
 
         # From here on nothing is training: log, evaluate (but no gap of an LLM that has read no text yet),
         # save.
-        log.step(float(loss_sum), rate, norm, totals)
+        log.step(float(loss_sum), factor, norm, totals)
         done = progress.share(stage) >= 1
-        reads_text = not stage.warmup or set(stage.mix) != {"tasks"}
+        reads_text = not stage.from_scratch or set(stage.mix) != {"tasks"}
         if reads_text and (done or progress.step % c.train.eval_every == 0):
             log.point(evaluate(c, model, tok))
         if done or stop or progress.step % c.train.save_every == 0:
@@ -699,8 +733,16 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
     return progress.share(stage) >= 1
 
 
+def freeze(model: InSerter, stage: Settings) -> list[nn.Parameter]:
+    """Let a stage train the modules whose lr_scale is above 0; returns their parameters."""
+    for name, p in model.named_parameters():
+        is_table = name.endswith("embed_positions.weight")              # sinusoids, never trained
+        p.requires_grad_(stage.lr_scale.get(module_of(name), 1.0) > 0 and not is_table)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon where so set: every trained parameter in one group, whose "rate" is the group's own.
+    """AdamW, and Muon where so set: every trained parameter in one group, of its own learning rate.
 
     Muon orthogonalises the update of a matrix, which suits those inside the blocks and the adapter;
     embeddings, the LM head, convolutions and vectors are AdamW's. Vectors do not decay.
@@ -708,18 +750,14 @@ def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch
     muon: list[dict] = []
     adamw: list[dict] = []
 
-    def add(groups: list[dict], parameters: list[nn.Parameter], rate: float, decay: float) -> None:
+    def add(groups: list[dict], parameters: list[nn.Parameter], base_lr: float, decay: float) -> None:
         if parameters:
-            groups.append({"params": parameters, "lr": 0.0, "rate": rate, "weight_decay": decay})
+            groups.append({"params": parameters, "lr": 0.0, "base_lr": base_lr, "weight_decay": decay})
 
     for module in ("encoder", "adapter", "llm"):
         scale = stage.lr_scale.get(module, 1.0)
         named = [(name, p) for name, p in model.named_parameters()
-                 if module_of(name) == module and not name.endswith("embed_positions.weight")]
-        for _, p in named:
-            p.requires_grad_(scale > 0)
-        if scale == 0:
-            continue
+                 if module_of(name) == module and p.requires_grad]
         orthogonal = {name for name, p in named if c.train.optimizer == "muon" and p.ndim == 2
                       and "embed" not in name and "lm_head" not in name}
         others = [p for name, p in named if name not in orthogonal]
@@ -745,7 +783,8 @@ def module_of(name: str) -> str:
 #
 # A step trains on G packs, one from each of G lanes. A lane is an endless stream of packs that depends on
 # (seed, stage, lane) alone; rank r serves the lanes r, r + world, …. So batches are the same for any number
-# of ranks and reading processes, and a run resumes from one small cursor per lane.
+# of ranks and reading processes, and a run resumes from one small cursor per lane. A document is here one
+# encoded sample, be it a text or a dialogue.
 # --------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -755,13 +794,13 @@ class Pack:
     labels: Tensor                           # (P,) int64
     position_ids: Tensor                     # (P,) int64, from 0 in every document
     cu_seqlens: list[int]                    # documents + 1
-    audio: Tensor                            # (samples,) float32, the clips end to end
-    clip_samples: list[int]                  # samples of each clip
-    words: list[list[int]] | None            # in a CTC stage the tokens of each clip's words: its targets
-    names: list[str]                         # samples packed
+    audio: Tensor                            # (audio samples,) float32, the clips end to end
+    clip_samples: list[int]                  # audio samples of each clip
+    word_ids: list[list[int]] | None         # in a CTC stage the tokens of each clip's words: its targets
+    names: list[str]                         # ids of the documents
     supervised: int                          # targets: labels that are not IGNORE, or words
     waste: int                               # positions left over, since no further document fitted
-    skipped: list[str]                       # samples longer than a pack, left out since the pack before
+    skipped: list[str]                       # ids of those longer than a pack, left out since the pack before
     cursor: dict                             # where the lane stands after this pack
 
 
@@ -770,7 +809,7 @@ def packed(documents: list[Encoded], ctc: bool, waste: int, skipped: list[str], 
     lengths = [len(document.ids) for document in documents]
     labels = torch.tensor([label for document in documents for label in document.labels])
     clips = [clip for document in documents for clip in document.clips]
-    words = [ids for document in documents for ids in document.words]
+    word_ids = [ids for document in documents for ids in document.word_ids]
     return Pack(
         ids=torch.tensor([i for document in documents for i in document.ids]),
         labels=labels,
@@ -778,9 +817,9 @@ def packed(documents: list[Encoded], ctc: bool, waste: int, skipped: list[str], 
         cu_seqlens=[0, *np.cumsum(lengths).tolist()],
         audio=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *clips])),
         clip_samples=[len(clip) for clip in clips],
-        words=words if ctc else None,
+        word_ids=word_ids if ctc else None,
         names=[document.name for document in documents],
-        supervised=sum(map(len, words)) if ctc else int((labels != IGNORE).sum()),
+        supervised=sum(map(len, word_ids)) if ctc else int((labels != IGNORE).sum()),
         waste=waste,
         skipped=skipped,
         cursor=json.loads(json.dumps(cursor)))                          # a copy: the lane goes on
@@ -791,15 +830,16 @@ def batch_of(packs: list[Pack]) -> dict[str, Any]:
     bounds = [0]
     for pack in packs:
         bounds += [bounds[-1] + bound for bound in pack.cu_seqlens[1:]]
-    bounds += bounds[-1:] * (63 - (len(bounds) - 1) % 64)               # empty documents: few shapes on a GPU
+    # Empty documents round their number up, for on a GPU a tensor of a new shape costs time and memory.
+    bounds += bounds[-1:] * (63 - (len(bounds) - 1) % 64)
     batch = {
         "ids": torch.cat([pack.ids for pack in packs]),
         "labels": torch.cat([pack.labels for pack in packs]),
         "position_ids": torch.cat([pack.position_ids for pack in packs]),
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
         "waveforms": [clip for pack in packs for clip in pack.audio.split(pack.clip_samples)]}
-    if packs[0].words is not None:
-        batch["words"] = [ids for pack in packs for ids in pack.words]
+    if packs[0].word_ids is not None:
+        batch["word_ids"] = [ids for pack in packs for ids in pack.word_ids]
     return batch
 
 
@@ -828,7 +868,7 @@ class Recipe:
             self.epoch = epoch
         nth = bisect_right(self.ends, index)
         shard = self.shards[nth]
-        if shard not in self.orders:                                 # one is kept: lanes read on in one shard
+        if shard not in self.orders:         # one order is kept, for lanes read on in one shard
             order = list(range(self.counts[shard]))
             random.Random(f"{self.salt} {epoch} {shard}").shuffle(order)
             self.orders = {shard: order}
@@ -854,8 +894,11 @@ class Reader:
         self.open = [self.read(epoch, index) for epoch, index in cursor["open"]]
 
     def position(self, index: int) -> int:
-        """Where the lane's index-th sample stands in an epoch: lane l of G reads l, l + G, l + 2 G, …"""
-        return index * self.lanes + self.lane % self.recipe.total
+        """Where the lane's index-th sample stands in an epoch: lane l of G reads l, l + G, l + 2 G, …
+
+        Where there are more lanes than samples, lanes share.
+        """
+        return self.lane % self.recipe.total + index * self.lanes
 
     def read(self, epoch: int, index: int) -> Encoded:
         path, number = self.recipe.locate(epoch, self.position(index))
@@ -956,8 +999,8 @@ class Lanes(IterableDataset):
     def __iter__(self) -> Iterator[Pack | UserError]:
         if get_worker_info():
             torch.set_num_threads(1)
-            os.setpgrp()                 # torchrun's SIGTERM goes to whole process groups, but the rank reads
-                                             # on until all ranks stop at one step
+            os.setpgrp()                     # out of the process group to which torchrun sends SIGTERM: the rank
+                                             # reads on until all ranks stop at one step
         try:
             tok = Tokenizer(self.hf)
             served = [Lane(self.c, tok, self.stage, lane, self.cursors.get(lane)) for lane in self.lanes]
@@ -982,7 +1025,6 @@ class Feed:
             options = {
                 "num_workers": 1,
                 "prefetch_factor": 2 * len(shares[0]),
-                "pin_memory": torch.cuda.is_available(),
                 "multiprocessing_context": fork_server()}
         self.loaders = []
         for share in shares:
@@ -1025,38 +1067,6 @@ def fork_server() -> Any:
     return context
 
 
-def length_buckets(cu_seqlens: Tensor, causal: bool, device: torch.device) -> tuple[Tensor, list, Tensor]:
-    """The index work of plain_attention, which depends on the documents' lengths alone.
-
-    Lengths [3, 0, 7, 2] fall into the buckets (2, 4], (4, 8] and (1, 2]; the empty document is nowhere.
-    -> rows    where the padded rows of all buckets come from
-       blocks  [(documents n, longest L, mask of real keys (n, 1, 1, L) or None)], here (1, 3), (1, 7), (1, 2)
-       back    (T,) the row at which each position's result stands
-    """
-    bounds = cu_seqlens.cpu().long()
-    starts, lengths = bounds[:-1], bounds.diff()
-    buckets: dict[int, list[int]] = {}
-    for document, length in enumerate(lengths.tolist()):
-        if length:
-            buckets.setdefault((length - 1).bit_length(), []).append(document)
-    back = torch.empty(int(bounds[-1]), dtype=torch.int64)
-    sources, blocks, filled = [], [], 0
-    for documents in buckets.values():
-        start = starts[documents, None]                                                 # (n, 1)
-        length = lengths[documents, None]
-        column = torch.arange(int(length.max()))                                        # (L,)
-        is_real = column < length                                                       # (n, L)
-        rows = start + torch.minimum(column, length - 1)                                # padded by real rows
-        back[rows[is_real]] = filled + is_real.flatten().nonzero()[:, 0]
-        filled += rows.numel()
-        mask = None
-        if not causal and not is_real.all():          # causal: padding is last, where no query looks
-            mask = is_real[:, None, None].to(device)
-        sources.append(rows.flatten())
-        blocks.append((*rows.shape, mask))
-    return torch.cat(sources).to(device), blocks, back.to(device)
-
-
 # --------------------------------------------------------------------------------------------------
 # 6. Features: waveforms to log-mel frames
 #
@@ -1082,16 +1092,16 @@ def log_mel(waveforms: list[Tensor], n_mels: int, device: torch.device | str | N
     -> (sum of F, n_mels) float32 on `device` (theirs by default)
     """
     device = torch.device(device or waveforms[0].device)
-    buffer, slots = lay_out(waveforms, device)
+    buffer, first_frames = lay_out(waveforms, device)
     window, filters = mel_constants(n_mels, device)
     frames = ragged([context_frames(len(w)) for w in waveforms])
     owner, frame = (x.to(device, non_blocking=True) for x in frames)
-    slots = torch.tensor(slots).to(device, non_blocking=True)
+    first_frames = torch.tensor(first_frames).to(device, non_blocking=True)
     with torch.autocast(device.type, enabled=False):                               # bfloat16 costs two digits
         spectrum = torch.fft.rfft(buffer.unfold(0, WINDOW, HOP) * window)              # (frames, 201) complex
         power = torch.view_as_real(spectrum).square().flatten(1)                        # (frames, 402)
         mel = (power @ filters).clamp_(min=1e-10).log10_()
-        mel = mel[slots[owner] + frame]                                                 # (sum of F, n_mels)
+        mel = mel[first_frames[owner] + frame]                                          # (sum of F, n_mels)
     peak = mel.new_full((len(waveforms),), -10.0).scatter_reduce(0, owner, mel.amax(1), "amax")
     return (torch.maximum(mel, peak[owner, None] - 8) + 4) / 4                         # each clip's own 80 dB
 
@@ -1186,7 +1196,7 @@ def random_model(config: Qwen2AudioConfig, seed: int) -> InSerter:
     """
     with torch.device("meta"):
         model = InSerter(config)
-    tensors = {name: fresh(name, tuple(p.shape), seed) for name, p in model.state_dict().items()}
+    tensors = {name: initial_value(name, tuple(p.shape), seed) for name, p in model.state_dict().items()}
     text = config.text_config
     head_size = model.language_model.head_size
     back = 1 + torch.arange(text.num_attention_heads) // 2
@@ -1199,7 +1209,7 @@ def random_model(config: Qwen2AudioConfig, seed: int) -> InSerter:
     return build(config, tensors, "random model")
 
 
-def fresh(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """A parameter's first value, from the seed and its own name alone: other parameters never change it.
 
     Matrices are normal with standard deviation 1 / sqrt(3 inputs); those that write to the residual stream
@@ -1222,7 +1232,7 @@ def fresh(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if ".conv" in name:
         return 3 * (normal - normal.mean((1, 2), keepdim=True)) / math.sqrt(math.prod(shape[1:]))
     if name.startswith("audio_tower") and "k_proj" in name:
-        return 2 * fresh(name.replace("k_proj", "q_proj"), shape, seed)
+        return 2 * initial_value(name.replace("k_proj", "q_proj"), shape, seed)
     return normal / math.sqrt(3 * math.prod(shape[1:]))
 
 
@@ -1269,20 +1279,20 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], seed
     tensors = renamed(encoder, {"encoder.": "audio_tower."}) | renamed(text, {"": "language_model."})
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         if name in tensors:
-            tensors[name] = with_fresh_rows(tensors[name], audio_ids, name, seed)
+            tensors[name] = with_new_rows(tensors[name], audio_ids, name, seed)
             config.text_config.vocab_size = len(tensors[name])
     with torch.device("meta"):
         adapter = Adapter(config).state_dict(prefix="multi_modal_projector.")
-    tensors |= {name: fresh(name, tuple(t.shape), seed) for name, t in adapter.items()}
+    tensors |= {name: initial_value(name, tuple(t.shape), seed) for name, t in adapter.items()}
     return build(config, tensors, folder)
 
 
-def with_fresh_rows(matrix: Tensor, ids: list[int], name: str, seed: int) -> Tensor:
+def with_new_rows(matrix: Tensor, ids: list[int], name: str, seed: int) -> Tensor:
     """The matrix (V, d), longer if an id lies past its end, with new rows at `ids`, spread like the rest."""
     rows = max(len(matrix), max(ids) + 1)
     width = matrix.shape[1]
     matrix = torch.cat([matrix, matrix.new_zeros(rows - len(matrix), width)])
-    matrix[list(ids)] = fresh(name, (len(ids), width), seed) * math.sqrt(width) * matrix.std()
+    matrix[list(ids)] = initial_value(name, (len(ids), width), seed) * math.sqrt(width) * matrix.std()
     return matrix
 
 
@@ -1379,7 +1389,7 @@ def load_tokenizer(c: Settings) -> Tokenizer:
     """The tokenizer of the given weights; from scratch data/tokenizer, trained when it is first needed."""
     if source := c.model["from"] or c.model.llm:
         hf = AutoTokenizer.from_pretrained(find_checkpoint(source))
-        audio_tokens = {"extra_special_tokens": [AUDIO_BOS, AUDIO, AUDIO_EOS]}
+        audio_tokens = {"extra_special_tokens": [AUDIO, AUDIO_BOS, AUDIO_EOS]}      # Qwen2-Audio's order
         hf.add_special_tokens(audio_tokens, replace_extra_special_tokens=False)
         return Tokenizer(hf)
     folder = Path(c.data) / "tokenizer"
@@ -1451,7 +1461,7 @@ def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_i
     h, cache = read_prompts(model, prompts, max_new_tokens)                             # (B, d)
     banned = sorted({*banned_ids, model.config.audio_token_index})
     answers: list[list[int]] = [[] for _ in prompts]
-    truncated = [True] * len(prompts)
+    running = [True] * len(prompts)                                     # no stop id yet
     present = list(range(len(prompts)))                                 # the prompt of each row
     longest = max(len(ids) for ids, _ in prompts)
     for new in range(1, max_new_tokens + 1):
@@ -1461,8 +1471,8 @@ def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_i
         rows = []                                                       # those that go on
         for row, token in enumerate(tokens.tolist()):
             prompt = present[row]
-            truncated[prompt] = truncated[prompt] and token not in stop_ids
-            if truncated[prompt]:
+            running[prompt] = token not in stop_ids
+            if running[prompt]:
                 answers[prompt].append(token)
                 rows.append(row)
         if not rows or new == max_new_tokens:
@@ -1475,7 +1485,7 @@ def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_i
         x = model.language_model.model.embed_tokens(tokens)
         h = model.language_model(x, cache.lengths, cache.step, False)
         cache.lengths = cache.lengths + 1
-    return list(zip(answers, truncated))
+    return list(zip(answers, running))
 
 
 def read_prompts(model: InSerter, prompts: list[Prompt], room: int) -> tuple[Tensor, Cache]:
@@ -1677,8 +1687,8 @@ def evaluate(c: Settings, model: InSerter, tok: Tokenizer) -> dict[str, float]:
         parts = [part for sample, _ in batch for parts in synth.parts_of(sample) for part in parts]
         sums["text characters"] += sum(len(part["text"]) for part in parts)
         sums["text"] += nats(c, model, [encode(sample, clips, tok) for sample, clips in batch])
-    spoken = [(sample, clips) for sample, clips in chats
-              if any(part["role"] == "speech" for part in sample["messages"][0]["content"])]
+    asked = [(*first_exchange(sample), clips) for sample, clips in chats]
+    spoken = [one for one in asked if one[1] and is_spoken(one[0])]
     sums["questions"] += len(spoken)
     for way in ("spoken", "typed"):
         sums[f"obeys {way}"] += obeyed(c, model, tok, spoken, typed=way == "typed")
@@ -1718,17 +1728,32 @@ def nats(c: Settings, model: InSerter, encoded: list[Encoded]) -> float:
         return float(model(**batch_of([pack]), chunk=c.train.loss_chunk))
 
 
-def obeyed(c: Settings, model: InSerter, tok: Tokenizer, dialogues: list[tuple[dict, dict]],
+def first_exchange(sample: dict) -> tuple[dict, str]:
+    """A dialogue up to its first answer, and that answer; the empty text where there is none.
+
+    >>> said = [("user", "hi"), ("assistant", "hello"), ("user", "bye")]
+    >>> turns = [{"role": role, "content": [synth.text_part(text, False)]} for role, text in said]
+    >>> opening, reply = first_exchange({"messages": turns})
+    >>> len(opening["messages"]), reply
+    (1, 'hello')
+    """
+    roles = [message["role"] for message in sample["messages"]]
+    first = roles.index("assistant") if "assistant" in roles else len(roles)
+    opening = {"parts": None, "messages": sample["messages"][:first]}
+    answers = sample["messages"][first:first + 1]
+    return opening, "".join(part["text"] for message in answers for part in message["content"])
+
+
+def is_spoken(sample: dict) -> bool:
+    return any(part["role"] == "speech" for parts in synth.parts_of(sample) for part in parts)
+
+
+def obeyed(c: Settings, model: InSerter, tok: Tokenizer, exchanges: list[tuple[dict, str, dict]],
            typed: bool) -> int:
-    """How many of the dialogues' first questions are answered exactly as in the corpus, spoken or typed."""
-    openings, references = [], []
-    for sample, clips in dialogues:
-        question, reference = sample["messages"][:2]
-        opening = {"parts": None, "messages": [question]}
-        openings.append(encode(opening, clips, tok, typed=typed, reply=True))
-        references.append(reference["content"][0]["text"])
+    """How many of these questions (opening, reference, clips) are answered exactly by the reference."""
+    openings = [encode(opening, clips, tok, typed=typed, reply=True) for opening, _, clips in exchanges]
     replies = complete(model, tok, openings, TURN_END, c.bench.max_tokens, c.bench.batch)
-    return sum(reply == reference for (reply, _), reference in zip(replies, references))
+    return sum(reply == reference for (reply, _), (_, reference, _) in zip(replies, exchanges))
 
 
 def dev_samples(c: Settings, recipe: str, count: int) -> list[tuple[dict, dict]]:
@@ -1777,20 +1802,20 @@ def train(c: Settings, arguments: list[str]) -> None:
         weights = {name[len("weight."):]: t for name, t in tensors.items() if name.startswith("weight.")}
         model.load_state_dict(weights, strict=False)
         say(f"continuing run {c.run} in stage {progress.stage} after step {progress.step}")
-    model.checkpoint_blocks = c.train.checkpointing
+    model.recompute = c.train.checkpointing
     model.to(device_here())
     if rank == 0:
         tidy(c, progress.step)
     say(describe(model))
-    slots = {name: t for name, t in tensors.items() if name.startswith("optim.")}
+    saved = {name: t for name, t in tensors.items() if name.startswith("optim.")}
     first_step = progress.step
     for name in stages[stages.index(progress.stage):]:
         if name != progress.stage:
             progress = Progress(name, progress.step)
-            slots = {}
+            saved = {}
         if progress.share(c.train.stages[name]) >= 1:
             continue
-        if not train_stage(c, model, tok, progress, slots, stopping):
+        if not train_stage(c, model, tok, progress, saved, stopping):
             say(f"stopped by a signal after step {progress.step}; the same command continues")
             sys.exit(128 + signal.SIGTERM)
     if rank == 0:
@@ -1806,7 +1831,7 @@ def stages_of(c: Settings) -> list[str]:
     """The stages to run: without those of steps=0, and, when weights are given, those that make stand-ins."""
     given = c.model["from"] or c.model.encoder
     return [name for name, stage in c.train.stages.items()
-            if stage.steps != 0 and not (given and stage.warmup)]
+            if stage.steps != 0 and not (given and stage.from_scratch)]
 
 
 def run_folder(c: Settings) -> Path:
@@ -1920,12 +1945,12 @@ def load_state(c: Settings) -> tuple[dict, dict[str, Tensor]] | None:
     return None
 
 
-def restore_slots(model: InSerter, optimizers: list, slots: dict[str, Tensor]) -> None:
-    """Put saved optimizer slots back. AdamW keeps its step on the CPU unless it is fused on a GPU."""
+def restore_optimizers(model: InSerter, optimizers: list, saved: dict[str, Tensor]) -> None:
+    """Put the tensors optim.<slot>.<parameter> back. A fused AdamW keeps its step on the GPU."""
     owner = {p: optimizer for optimizer in optimizers
              for group in optimizer.param_groups for p in group["params"]}
     named = dict(model.named_parameters())
-    for key, value in slots.items():
+    for key, value in saved.items():
         _, slot, name = key.split(".", 2)
         p = named[name]
         if p in owner:
@@ -2042,20 +2067,21 @@ class Log:
         self.bar = tqdm(total=stage.steps or stage.tokens, initial=done, desc=progress.stage, leave=False,
                         disable=True if self.rank else None)
         self.first_step = progress.stage_step
-        self.begun = self.since = time.perf_counter()
+        self.begun = self.since = self.last = time.perf_counter()
         self.sums: Counter = Counter()
 
-    def step(self, loss: float, rate: float, norm: float, totals: dict[str, float]) -> None:
+    def step(self, loss: float, factor: float, norm: float, totals: dict[str, float]) -> None:
         """Count a step; every log_every steps write what happened since."""
         self.bar.update(1 if self.stage.steps else int(totals["targets"]))
         self.sums.update(totals | sum_over_ranks({"loss": loss}))
+        self.last = time.perf_counter()
         if self.progress.step % self.c.train.log_every:
             return
         n = self.sums
-        seconds = time.perf_counter() - self.since
+        seconds = self.last - self.since
         row = {
             "loss": n["loss"] / max(n["targets"], 1),
-            "lr": rate * self.stage.lr,
+            "lr": factor * self.stage.lr,
             "grad norm": norm,
             "tokens/s": n["positions"] / seconds,
             "audio s/s": n["audio samples"] / RATE / seconds,
@@ -2069,7 +2095,7 @@ class Log:
             row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         self.write(row)
         say(self.line(row))
-        self.since = time.perf_counter()
+        self.since = self.last
         self.sums = Counter()
 
     def line(self, row: dict[str, float]) -> str:
@@ -2096,8 +2122,8 @@ class Log:
         self.write({"eval": point})
         values = " | ".join(f"{name} {value:.3f}" for name, value in point.items())
         say(f"{self.progress.step:>7} | dev {values}")
-        if not self.sums:                    # evaluating is not counted as training time
-            self.since = time.perf_counter()
+        evaluating = time.perf_counter() - self.last                    # not counted as training time
+        self.since += evaluating
 
     def write(self, row: dict) -> None:
         if self.rank == 0:
@@ -2130,7 +2156,7 @@ def step_flops(model: InSerter, pack: Pack) -> float:
     adapter = 2 * text.hidden_size * d * heard
     head = 2 * text.hidden_size * text.vocab_size * pack.supervised
     total = audio.encoder_layers * encoder_block + convolutions + adapter + head
-    if pack.words is None:                   # CTC does without the LLM's blocks
+    if pack.word_ids is None:                   # CTC does without the LLM's blocks
         total += text.num_hidden_layers * llm_block
     return 3 * float(total)
 

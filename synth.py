@@ -1141,8 +1141,8 @@ CLIPS_AT_ONCE = 32                # clips resampled, and batched by hf: engines,
 def plan_shard(c: Settings, recipe: str, split: str, number: int) -> list[dict]:
     """The samples of corpus shard `number`; their speech parts have a voice, a dict, and no clip yet.
 
-    A document's generator is seeded by the number of samples before it; a sample's voices are drawn before the
-    next sample.
+    A document's generator is seeded by the number of samples before it; a sample's voices are drawn before
+    the next sample.
     """
     settings = c.synth
     pool = read_voices(settings.voices) if settings.voices else None
