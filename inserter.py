@@ -999,8 +999,8 @@ class Lanes(IterableDataset):
     def __iter__(self) -> Iterator[Pack | UserError]:
         if get_worker_info():
             torch.set_num_threads(1)
-            os.setpgrp()                     # away from torchrun's SIGTERM, which goes to whole process groups:
-                                             # the rank reads on until all ranks stop at one step
+            os.setpgrp()                 # away from torchrun's SIGTERM, which goes to whole process groups:
+                                         # the rank reads on until all ranks stop at one step
         try:
             tok = Tokenizer(self.hf)
             served = [Lane(self.c, tok, self.stage, lane, self.cursors.get(lane)) for lane in self.lanes]
