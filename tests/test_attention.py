@@ -1,11 +1,11 @@
-"""The fused kernel against plain arithmetic in float64, without a GPU: run by Triton's interpreter, compiled for one.
+"""The fused kernel against plain arithmetic in float64, without a GPU: interpreted, and compiled for one.
 
-The interpreter and the compiler cannot share a process, so each runs in one of its own and prints what it found
-as JSON:
+The interpreter and the compiler cannot share a process; each runs in one of its own and prints JSON:
 
     TRITON_INTERPRET=1 python tests/test_attention.py interpret
-    python tests/test_attention.py compile      registers, shared memory, instructions of every kernel on sm_90
+    python tests/test_attention.py compile     registers, memory and instructions of every kernel on sm_90
 """
+import itertools
 import json
 import math
 import os
@@ -150,7 +150,7 @@ def last_place(largest: float, dtype: torch.dtype) -> float:
 
 
 def check_pack(number: int, dtype: torch.dtype) -> dict:
-    """One random pack: its settings, and per tensor the largest error, the naive one of its type, and the bound."""
+    """One random pack: its settings, and per tensor the largest error, that of naive(), and the bound."""
     rng = random.Random(f"{number} {dtype}")
     torch.manual_seed(number)
     D = M.HEAD_SIZES[number % 4]
@@ -285,7 +285,7 @@ def small_batch(samples: int, text: int, length: int) -> dict:
 
 
 def check_model() -> dict:
-    """Largest difference of the loss, gradients and answers of a small model by fused and by plain attention."""
+    """How far a small model's loss, gradients and answers by fused attention are from those by plain."""
     model = small_model()
     batch = small_batch(8000, 20, 40)
     prompts = [(batch["ids"], batch["waveforms"]), (batch["ids"][-5:], [])]
@@ -310,7 +310,7 @@ def check_compilations() -> int:
     model = small_model()
     compiled = []
 
-    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:  # one for all: blocks share its results
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:  # one for all: blocks share results
         compiled.append(graph)
         return graph.forward
 
@@ -353,7 +353,7 @@ class NoDevice:
 
 
 def resources(kernel: Any) -> dict:
-    """Registers of a thread, bytes of its stack (where spilled ones go) and of shared memory; instructions used."""
+    """Registers of a thread, bytes of its stack (where spilled ones go), of shared memory; instructions."""
     tool = Path(M.triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -372,7 +372,7 @@ def resources(kernel: Any) -> dict:
 
 
 def compile_all() -> dict:
-    """Every kernel as fused_attention would launch it, forward and backward, compiled in place of being run."""
+    """Every kernel as fused_attention would launch it, forward and backward, compiled and not run."""
     M.triton.runtime.driver.set_active(NoDevice())
     function = M.triton.runtime.jit.JITFunction
     launch = function.run
@@ -422,12 +422,13 @@ def interpreted():
 def test_error_is_at_most_twice_the_naive_one(interpreted):
     packs = interpreted["packs"]
     assert len(packs) >= 30
-    wanted = {(kind, D, causal) for kind in ("float16", "float32") for D in M.HEAD_SIZES for causal in (False, True)}
+    wanted = set(itertools.product(("float16", "float32"), M.HEAD_SIZES, (False, True)))
     assert {(pack["type"], pack["D"], pack["causal"]) for pack in packs} == wanted
     for kind in ("float16", "float32"):
         some = [pack for pack in packs if pack["type"] == kind]
         shares = {name: max(pack[name]["error"] / pack[name]["bound"] for pack in some) for name in RESULTS}
-        print(kind, "largest error over its bound:", {name: round(share, 2) for name, share in shares.items()})
+        rounded = {name: round(share, 2) for name, share in shares.items()}
+        print(kind, "largest error over its bound:", rounded)
     for pack in packs:
         for name in RESULTS:
             assert pack[name]["type"] == pack["type"], pack
@@ -533,7 +534,7 @@ def test_without_a_gpu_one_sentence(tmp_path):
 
 
 def test_gpu_script_walks_through(tmp_path):
-    """At toy sizes on the CPU: the step agrees with transformers'; peers without a CPU version fail without harm."""
+    """At toy sizes on the CPU: the step agrees with transformers; peers that need a GPU fail without harm."""
     done = gpu_script(str(tmp_path), "kernel", "step", INSERTER_DRY="1")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "times as fast" in done.stdout
