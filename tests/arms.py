@@ -1,6 +1,6 @@
 """What interleaving adds: three arms from one warm-up, equal in supervised tokens, with the same fine-tuning.
 
-    python tests/arms.py 1    everything of seed 1 into results/arms-1.json: warm-up, each arm before and after SFT
+    python tests/arms.py 1    all of seed 1 into results/arms-1.json: warm-up, each arm before and after SFT
     python tests/arms.py      table and figure results/arms.png from results/arms-*.json
 
 Each row of the table is one run; its command stands in the JSON. What is finished is not made again.
@@ -19,11 +19,11 @@ ARMS = {
     "ASR in place of interleaving": "{tasks: 0.7, text: 0.3}",
     "InSerter": "{interleaved: 0.4, tasks: 0.3, text: 0.3}"}
 TICKS = ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter"]
-TOKENS = 350_000                             # supervised tokens of every arm; both stages are shorter than tiny's
+TOKENS = 350_000                             # supervised tokens of every arm, fewer than tiny's
 SFT = [
     "train.stages.sft.steps=350",
     "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"]         # no arm interleaves
-FEW = ["bench.adjustment_rows=20", "bench.open_rows=20", "train.eval_samples=16"]      # nothing of it is shown
+FEW = ["bench.adjustment_rows=20", "bench.open_rows=20", "train.eval_samples=16"]     # not shown
 NO_PRETRAIN = "train.stages.pretrain.steps=0"
 NO_SFT = "train.stages.sft.steps=0"
 

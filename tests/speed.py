@@ -1,6 +1,6 @@
 """How fast: synthesis against the bare TTS library, a training step against transformers.
 
-    python tests/speed.py [synth] [step] [full]     (all by default; full: the second step at Qwen's vocabulary)
+    python tests/speed.py [synth] [step] [full]     (all by default; full: a step at Qwen's whole vocabulary)
 
 Writes results/speed.json. One thread, what is compared runs in turn, medians. What counts is the ratios.
 """
@@ -40,7 +40,7 @@ clock = time.perf_counter
 # --------------------------------------------------------------------------------------------------
 
 def bare(espeak: synth.Espeak, texts: list[str], voices: list[dict]) -> float:
-    """What the library alone needs: set voice and parameters, synthesise, keep the bytes. -> seconds of speech"""
+    """What the library alone needs: set voice and parameters, synthesise, keep the bytes -> seconds."""
     library = espeak.library
     pieces = []
 
@@ -100,9 +100,11 @@ def whole(espeak: synth.Espeak, texts: list[str], voices: list[dict], settings: 
 
 def draw_spans(c: Settings, rng: random.Random, count: int) -> list[str]:
     """Spans of the tiny world's stories, as long as those that synth.py speaks."""
-    stories = [synth.story(rng, c.synth.facts) for _ in range(count)]
-    spans = [(story, synth.segments(story, c.synth, rng)) for story in stories]
-    return [story[start:end] for story, chosen in spans for start, end in chosen][:count]
+    spans = []
+    for _ in range(count):
+        story = synth.story(rng, c.synth.facts)
+        spans += [story[start:end] for start, end in synth.segments(story, c.synth, rng)]
+    return spans[:count]
 
 
 def measure_synth() -> dict:
@@ -232,8 +234,10 @@ def make_batch(config: Qwen2AudioConfig, samples: int) -> tuple[dict, dict]:
 
 def flops(config: Qwen2AudioConfig, clip_samples: list[int], padded: bool) -> float:
     """Multiplications and additions of a step, forward and backward, by the matrix products alone."""
-    audio, text = config.audio_config, config.text_config
-    d, width = audio.d_model, text.hidden_size
+    audio = config.audio_config
+    text = config.text_config
+    d = audio.d_model
+    width = text.hidden_size
     head_size = width // text.num_attention_heads
     heads = text.num_attention_heads + text.num_key_value_heads
     matrices = width * head_size * 2 * heads + 3 * width * text.intermediate_size
@@ -241,18 +245,18 @@ def flops(config: Qwen2AudioConfig, clip_samples: list[int], padded: bool) -> fl
     total = 0
     for samples in clip_samples:
         heard = inserter.audio_positions(samples)
-        if padded:
-            frames, pooled, length, asked = 3000, 750, longest, longest
-        else:
-            frames, pooled, length, asked = inserter.context_frames(samples), heard, heard + 2 + TEXT, TEXT
+        frames = 3000 if padded else inserter.context_frames(samples)
         rows = frames // 2
+        pooled = 750 if padded else heard
+        length = longest if padded else heard + 2 + TEXT
+        asked = longest if padded else TEXT
         convolutions = 2 * 3 * d * (frames * audio.num_mel_bins + rows * d)
         encoder_block = 2 * rows * (12 * d ** 2) + 4 * rows ** 2 * d
         llm_block = 2 * length * matrices + 2 * length ** 2 * width
         forward = convolutions + audio.encoder_layers * encoder_block + 2 * pooled * d * width
         forward += text.num_hidden_layers * llm_block
         logits = 2 * width * text.vocab_size * asked
-        total += 3 * forward + logits * (3 if padded else 4)     # ours are computed again in the backward pass
+        total += 3 * forward + logits * (3 if padded else 4)             # ours are computed again going back
     return total
 
 
@@ -314,7 +318,8 @@ def both_models(config: Qwen2AudioConfig) -> tuple[inserter.InSerter, nn.Module]
 
 def show_step(name: str, results: dict, with_optimizer: bool) -> None:
     passes = "forward, backward, AdamW" if with_optimizer else "forward, backward"
-    ratios, losses = results["ratios"], results["losses"]
+    ratios = results["ratios"]
+    losses = results["losses"]
     print(f"\nstep, {name}: {results['parameters'] / 1e6:.1f} M parameters, {results['samples']} samples, "
           f"{passes}, float32, {torch.get_num_threads()} thread")
     print(f"  losses {losses['inserter']:.6f} and {losses['transformers']:.6f}")

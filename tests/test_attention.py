@@ -504,11 +504,16 @@ def counted_flops(samples: int, text: int, supervised: int) -> float:
 
 def test_step_flops_are_those_of_the_products():
     """By hand, for one text, then for a clip beside it; the 9 positions left over never count."""
-    n, d, ffn, queries, keys, vocab = 100, 64, 64, 64, 32, 64
+    n = 100
+    d = ffn = queries = vocab = 64
+    keys = 32
     matrices = d * queries + 2 * d * keys + queries * d + 3 * d * ffn
     layer = 2 * n * matrices + 2 * 2 * queries * n * n / 2
     assert counted_flops(0, n, 7) == 3 * (2 * layer + 2 * 7 * d * vocab)
-    samples, a, frames, heard = 16000, 32, 50, 25        # 100 frames, 50 rows of the encoder, 25 vectors
+    samples = 16000                          # 100 frames
+    frames = 50                              # rows of the encoder
+    heard = 25                               # vectors
+    a = 32                                   # the encoder's width
     convolutions = 2 * 100 * 3 * 80 * a + 2 * frames * 3 * a * a
     block = 2 * frames * (4 * a * a + 2 * a * 64) + 4 * frames * frames * a
     longer = counted_flops(0, n + heard, 7)

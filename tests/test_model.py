@@ -454,7 +454,8 @@ def damage(folder: Path, how: str) -> None:
     weights = folder / "model.safetensors"
     path = folder / "config.json"
     settings = json.loads(path.read_text())
-    text, audio = settings["text_config"], settings["audio_config"]
+    text = settings["text_config"]
+    audio = settings["audio_config"]
     cut = None
     match how:
         case "truncated":
