@@ -1,4 +1,4 @@
-"""Many short training runs without paying the imports each time: forks the ranks of each run from one warm process.
+"""Many short training runs without paying the imports each time: a warm process forks the ranks of each run.
 
 Reads one job per line from standard input, {"folder", "arguments", …}, and answers each with a line
 {"codes": [exit status of each rank, -9 where it was killed], "out": "…", "err": "…"}. Options of a job:
@@ -20,35 +20,41 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import matplotlib.pyplot                                # noqa: E402, F401  imported here, not in every run
-import torch                                            # noqa: E402
-import torch._dynamo                                    # noqa: E402, F401
+import matplotlib.pyplot                     # noqa: E402, F401  imported here, not in every run
+import torch                                 # noqa: E402
+import torch._dynamo                         # noqa: E402, F401
+from transformers.models.qwen2_audio import modeling_qwen2_audio     # noqa: E402, F401
 
-import inserter                                         # noqa: E402
-import synth                                            # noqa: E402
+import inserter                              # noqa: E402
+import synth                                 # noqa: E402
 
 torch.set_num_threads(1)
 WATCHED = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
-def die():
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def inject(job):
-    """Put the faults that a job asks for in the way of this process."""
-    seen, saves, save_file = [0], [0], inserter.save_file
+def inject(job: dict) -> list[int]:
+    """Put the faults that a job asks for in the way of this process -> [file operations seen so far]."""
+    seen = [0]
+    saves = [0]
+    save_file = inserter.save_file
 
-    def hook(event, arguments):
-        if event in WATCHED and (str(arguments[0]).startswith("runs") or event in ("os.remove", "os.rmdir")):
+    def hook(event: str, arguments: tuple) -> None:
+        if event not in WATCHED:
+            return
+        if str(arguments[0]).startswith("runs") or event in ("os.remove", "os.rmdir"):
             seen[0] += 1
             if seen[0] == job["kill_event"]:
                 die()
 
-    def half(tensors, path, **options):
+    def half(tensors: dict, path: Path, **options: Any) -> None:
         save_file(tensors, path, **options)
         saves[0] += 1
         if saves[0] == job.get("half_save"):
@@ -65,16 +71,22 @@ def inject(job):
     return seen
 
 
-def rank_main(job, rank, port):
+def rank_main(job: dict, rank: int, port: int) -> None:
+    """One rank, in a process of its own, as `python inserter.py` or torchrun would run it."""
     os.chdir(job["folder"])
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
     world = job.get("world", 1)
     if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(port)}
-    sys.argv[1:], code = job["arguments"], 0
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}
+    sys.argv[1:] = job["arguments"]
+    code = 0
     seen = inject(job)
     try:
         synth.run(inserter.main)
@@ -90,42 +102,63 @@ def rank_main(job, rank, port):
     os._exit(code)
 
 
-def reached(job):
-    path = Path(job["folder"]) / "runs" / "t" / "metrics.jsonl"
-    return path.exists() and f'"step": {job["term_step"]},' in path.read_text()
-
-
-def run(job):
+def start(job: dict) -> dict[int, int]:
+    """Fork the ranks -> {process: rank}."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks, begin, codes = {}, time.time(), {}
+    ranks = {}
     for rank in range(job.get("world", 1)):
         pid = os.fork()
         if not pid:
             rank_main(job, rank, port)
         ranks[pid] = rank
+    return ranks
+
+
+def reached(job: dict) -> bool:
+    path = Path(job["folder"]) / "runs" / "t" / "metrics.jsonl"
+    return path.exists() and f'"step": {job["term_step"]},' in path.read_text()
+
+
+def run(job: dict) -> dict:
+    ranks = start(job)
+    codes: dict[int, int] = {}
+    begun = time.time()
+    told = []                                # ranks that get SIGTERM now
+
+    def signal_to(wanted: list[int], number: int) -> None:
+        for pid, rank in ranks.items():
+            if rank in wanted and rank not in codes:
+                os.kill(pid, number)
+
     while len(codes) < len(ranks):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
-            codes[ranks[pid]] = os.waitstatus_to_exitcode(status)
-            if codes[ranks[pid]] and len(ranks) > 1:                  # as torchrun does
-                job["term_ranks"], job["term_step"] = [r for r in ranks.values() if r not in codes], None
-        if "term_step" in job and (job["term_step"] is None or reached(job)):
-            for other, rank in ranks.items():
-                if rank in job["term_ranks"] and rank not in codes:
-                    os.kill(other, signal.SIGTERM)
+            code = os.waitstatus_to_exitcode(status)
+            codes[ranks[pid]] = code
+            if code:                         # the others are stopped, as torchrun does
+                told = list(ranks.values())
+        if "term_step" in job and reached(job):
+            told = job["term_ranks"]
             del job["term_step"]
-        if time.time() - begin > job.get("kill_after", 60):
-            for other, rank in ranks.items():
-                if rank not in codes:
-                    os.kill(other, signal.SIGKILL)
+        signal_to(told, signal.SIGTERM)
+        told = []
+        if time.time() - begun > job.get("kill_after", 60):
+            signal_to(list(ranks.values()), signal.SIGKILL)
         time.sleep(0.005)
-    texts = {name: "".join((Path(job["folder"]) / f"{name}{rank}").read_text() for rank in range(len(ranks))) for name in ("out", "err")}
-    return {"codes": [codes[rank] for rank in range(len(ranks))], **texts}
+    answer: dict[str, Any] = {"codes": [codes[rank] for rank in range(len(ranks))]}
+    for name in ("out", "err"):
+        files = [Path(job["folder"]) / f"{name}{rank}" for rank in range(len(ranks))]
+        answer[name] = "".join(file.read_text() for file in files)
+    return answer
 
 
-if __name__ == "__main__":
+def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

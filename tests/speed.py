@@ -1,8 +1,8 @@
-"""How fast: synthesis against the bare TTS library, a training step against transformers. Writes results/speed.json.
+"""How fast: synthesis against the bare TTS library, a training step against transformers.
 
-    python tests/speed.py [synth] [step] [full]        (all by default; full: the second step at Qwen's whole vocabulary)
+    python tests/speed.py [synth] [step] [full]     (all by default; full: a step at Qwen's whole vocabulary)
 
-One thread, what is compared runs in turn, medians. The numbers that count are the ratios.
+Writes results/speed.json. One thread, what is compared runs in turn, medians. What counts is the ratios.
 """
 import ctypes
 import gc
@@ -12,30 +12,39 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor    # noqa: E402
-
-import inserter                                         # noqa: E402
-import synth                                            # noqa: E402
+import inserter                              # noqa: E402
+import synth                                 # noqa: E402
+from synth import Settings                   # noqa: E402
 
 ROUNDS = 7
+TEXT = 30                                    # tokens of a sample behind its clip, all of them targets
 clock = time.perf_counter
 
 
-# ---- synthesis: texts to shard, against espeak alone ----
+# --------------------------------------------------------------------------------------------------
+# 1. Synthesis: texts to shard, against espeak alone
+# --------------------------------------------------------------------------------------------------
 
-def bare(espeak, texts, voices):
-    """What the library alone needs: set voice and parameters, synthesise, keep the bytes. -> seconds of speech"""
-    library, pieces = espeak.library, []
+def bare(espeak: synth.Espeak, texts: list[str], voices: list[dict]) -> float:
+    """What the library alone needs: set voice and parameters, synthesise, keep the bytes -> seconds."""
+    library = espeak.library
+    pieces = []
 
-    def keep(wave, samples, events):
+    def keep(wave: Any, samples: int, events: Any) -> int:
         if wave and samples > 0:
             pieces.append(ctypes.string_at(wave, 2 * samples))
         return 0
@@ -53,169 +62,285 @@ def bare(espeak, texts, voices):
     return sum(map(len, pieces)) / 2 / espeak.rate
 
 
-def whole(espeak, texts, voices, settings, path, spent):
-    """The same clips as synth.py makes them, into a shard on disk; adds each part's seconds to `spent`."""
-    def timed(part, function, *arguments):
-        begin = clock()
+class Stopwatch:
+    """Calls functions and adds up the seconds of each part of the work."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def __call__(self, part: str, function: Callable, *arguments: Any) -> Any:
+        begun = clock()
         result = function(*arguments)
-        spent[part] = spent.get(part, 0) + clock() - begin
+        self.seconds[part] += clock() - begun
         return result
 
+
+def whole(espeak: synth.Espeak, texts: list[str], voices: list[dict], settings: Settings, path: Path,
+          timed: Stopwatch) -> None:
+    """The same clips as synth.py makes them, into a shard on disk."""
     samples, clips = [], {}
     for first in range(0, len(texts), synth.CLIPS_AT_ONCE):
         some = slice(first, first + synth.CLIPS_AT_ONCE)
         waves, rate = timed("synthesis", espeak, texts[some], voices[some], first)
-        for text, voice, wave in zip(texts[some], voices[some], timed("resampling", synth.to_16k, waves, rate)):
-            if not timed("gate", synth.gate, wave, text, settings.gate):
-                name = f"speed-train-{len(samples):06d}"
-                part = {"role": "speech", "text": text, "audio": "00.flac", "seconds": len(wave) / synth.RATE, "voice": voice["id"]}
-                samples.append({"id": name, "recipe": "tasks", "lang": "en", "parts": [part], "messages": None})
-                clips[name] = {"00.flac": timed("flac", lambda: synth.flac_bytes(synth.to_int16(wave)))}
+        waves = timed("resampling", synth.to_16k, waves, rate)
+        for text, voice, wave in zip(texts[some], voices[some], waves):
+            if timed("gate", synth.gate, wave, text, settings.gate):
+                continue
+            name = f"speed-train-{len(samples):06d}"
+            part = {
+                "role": "speech",
+                "text": text,
+                "audio": "00.flac",
+                "seconds": len(wave) / synth.RATE,
+                "voice": voice["id"]}
+            samples.append({"id": name, "recipe": "tasks", "lang": "en", "parts": [part], "messages": None})
+            clips[name] = {"00.flac": timed("flac", lambda w: synth.flac_bytes(synth.to_int16(w)), wave)}
     timed("json, tar, digest, disk", synth.write_shard, path, samples, clips, {"counts": {}})
 
 
-def measure_synth():
-    c, rng, espeak = synth.load_config([]), random.Random(0), synth.Espeak()
-    texts = [words for story in (synth.story(rng, c.synth.facts) for _ in range(300)) for words in
-             (story[a:b] for a, b in synth.segments(story, c.synth, rng))][:300]
-    chosen_from = synth.candidates("train", c.synth)
-    voices = [synth.draw_voice(rng, chosen_from, c.synth) for _ in texts]
-    bares, wholes, spent = [], [], {}
+def draw_spans(c: Settings, rng: random.Random, count: int) -> list[str]:
+    """Spans of the tiny world's stories, as long as those that synth.py speaks."""
+    spans = []
+    for _ in range(count):
+        story = synth.story(rng, c.synth.facts)
+        spans += [story[start:end] for start, end in synth.segments(story, c.synth, rng)]
+    return spans[:count]
+
+
+def measure_synth() -> dict:
+    c = synth.load_config([])
+    rng = random.Random(0)
+    espeak = synth.Espeak()
+    texts = draw_spans(c, rng, 300)
+    candidates = synth.candidates("train", c.synth)
+    voices = [synth.draw_voice(rng, candidates, c.synth) for _ in texts]
+    timed = Stopwatch()
+    bares, wholes = [], []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train-000000.tar"
-        bare(espeak, texts[:20], voices), whole(espeak, texts[:20], voices[:20], c.synth, path, {})         # warm both
+        bare(espeak, texts[:20], voices)                                 # warm both
+        whole(espeak, texts[:20], voices[:20], c.synth, path, Stopwatch())
         for _ in range(ROUNDS):
-            begin = clock()
+            begun = clock()
             speech = bare(espeak, texts, voices)
             middle = clock()
-            whole(espeak, texts, voices, c.synth, path, spent)
-            bares.append(middle - begin)
+            whole(espeak, texts, voices, c.synth, path, timed)
+            bares.append(middle - begun)
             wholes.append(clock() - middle)
-    ratios, shares = [b / w for b, w in zip(bares, wholes)], {part: seconds / sum(wholes) for part, seconds in spent.items()}
+    shares = {part: seconds / sum(wholes) for part, seconds in timed.seconds.items()}
     shares["rest"] = 1 - sum(shares.values())
-    real_time = [speech / statistics.median(seconds) for seconds in (bares, wholes)]
-    print(f"\nsynthesis: {len(texts)} clips, {speech:.0f} s of speech, {ROUNDS} rounds in turn, one thread")
-    print(f"  espeak alone {real_time[0]:,.0f} x real time, whole path {real_time[1]:,.0f} x: "
-          f"{statistics.median(ratios):.0%} (from {min(ratios):.0%} to {max(ratios):.0%}; wanted 55 %)")
-    for part, share in sorted(shares.items(), key=lambda item: -item[1]):
-        print(f"  {part:24s}{share:6.1%} {share * statistics.mean(wholes) / len(texts) * 1000:7.2f} ms a clip")
-    return {"clips": len(texts), "speech_seconds": speech, "bare_real_time": real_time[0], "whole_real_time": real_time[1],
-            "ratio": statistics.median(ratios), "ratios": ratios, "shares": shares}
+    ratios = [b / w for b, w in zip(bares, wholes)]
+    results = {
+        "clips": len(texts),
+        "speech_seconds": speech,
+        "bare_real_time": speech / statistics.median(bares),
+        "whole_real_time": speech / statistics.median(wholes),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "shares": shares}
+    show_synth(results, 1000 * statistics.mean(wholes) / len(texts))
+    return results
 
 
-# ---- a training step, against Qwen2AudioForConditionalGeneration ----
+def show_synth(results: dict, clip_ms: float) -> None:
+    ratios = results["ratios"]
+    print(f"\nsynthesis: {results['clips']} clips, {results['speech_seconds']:.0f} s of speech, "
+          f"{ROUNDS} rounds in turn, one thread")
+    print(f"  espeak alone {results['bare_real_time']:,.0f} x real time, whole path "
+          f"{results['whole_real_time']:,.0f} x: {results['ratio']:.0%} (from {min(ratios):.0%} to "
+          f"{max(ratios):.0%}; wanted 55 %)")
+    for part, share in sorted(results["shares"].items(), key=lambda item: -item[1]):
+        print(f"  {part:24s}{share:6.1%} {share * clip_ms:7.2f} ms a clip")
 
-def sizes(vocab, mels, encoder_layers, d, encoder_heads, layers, width, heads, kv, ffn):
+
+# --------------------------------------------------------------------------------------------------
+# 2. A training step, against Qwen2AudioForConditionalGeneration
+# --------------------------------------------------------------------------------------------------
+
+def config_of(vocab: int, audio: dict, text: dict) -> Qwen2AudioConfig:
     """Untied, so that both sides train the same parameters: transformers ignores tied embeddings."""
-    return Qwen2AudioConfig(
-        audio_config={"model_type": "qwen2_audio_encoder", "d_model": d, "encoder_layers": encoder_layers,
-                      "encoder_attention_heads": encoder_heads, "encoder_ffn_dim": 4 * d, "num_mel_bins": mels},
-        text_config={"model_type": "qwen2", "hidden_size": width, "intermediate_size": ffn, "num_hidden_layers": layers,
-                     "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab, "tie_word_embeddings": False},
-        audio_token_index=vocab - 1)
+    audio = {"model_type": "qwen2_audio_encoder"} | audio
+    text = {"model_type": "qwen2", "vocab_size": vocab, "tie_word_embeddings": False} | text
+    return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=vocab - 1)
 
 
-TEXT = 30                                                # tokens of a sample behind its clip, all of them targets
+def tiny_config() -> Qwen2AudioConfig:
+    """The sizes of config.yaml."""
+    m = synth.load_config([]).model
+    audio = {
+        "num_mel_bins": m.mels,
+        "encoder_layers": m.encoder_layers,
+        "d_model": m.encoder_width,
+        "encoder_attention_heads": m.encoder_heads,
+        "encoder_ffn_dim": 4 * m.encoder_width}
+    text = {
+        "num_hidden_layers": m.llm_layers,
+        "hidden_size": m.llm_width,
+        "num_attention_heads": m.llm_heads,
+        "num_key_value_heads": m.llm_kv_heads,
+        "intermediate_size": m.llm_ffn}
+    return config_of(m.vocab, audio, text)
 
 
-def make_batch(config, samples):
+def base_config(vocab: int) -> Qwen2AudioConfig:
+    """Whisper-base and four layers of Qwen2.5-0.5B."""
+    audio = {
+        "num_mel_bins": 80,
+        "encoder_layers": 6,
+        "d_model": 512,
+        "encoder_attention_heads": 8,
+        "encoder_ffn_dim": 2048}
+    text = {
+        "num_hidden_layers": 4,
+        "hidden_size": 896,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864}
+    return config_of(vocab, audio, text)
+
+
+def make_batch(config: Qwen2AudioConfig, samples: int) -> tuple[dict, dict]:
     """Samples of one clip, 2 s on average (1 to 3), and 30 tokens: as arguments of ours, and of theirs."""
-    rng, clips = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    audio = config.audio_token_index
+    clips, documents, targets = [], [], []
     for i in range(samples):
         seconds = 1 + 2 * (i + 0.5) / samples
         clips.append((0.1 * rng.standard_normal(int(seconds * synth.RATE))).astype(np.float32))
-    audio, documents = config.audio_token_index, []
     for clip in clips:
         words = torch.from_numpy(rng.integers(0, config.text_config.vocab_size - 3, TEXT))
-        documents.append(torch.cat([torch.tensor([audio - 2] + [audio] * inserter.audio_positions(len(clip)) + [audio - 1]), words]))
-    lengths = [len(d) for d in documents]
-    targets = [torch.cat([torch.full((n - TEXT,), -100), d[-TEXT:]]) for n, d in zip(lengths, documents)]
-    ours = {"ids": torch.cat(documents), "position_ids": torch.cat([torch.arange(n) for n in lengths]),
-            "labels": torch.cat([torch.cat([t[1:], torch.tensor([-100])]) for t in targets]),
-            "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32), "chunk": 2048,
-            "waveforms": [torch.from_numpy(clip) for clip in clips]}
-    pad = torch.nn.utils.rnn.pad_sequence
-    features = WhisperFeatureExtractor(config.audio_config.num_mel_bins)(clips, sampling_rate=synth.RATE, return_tensors="pt",
-                                                                         return_attention_mask=True)
-    theirs = {"input_ids": pad(documents, True), "labels": pad(targets, True, -100), "attention_mask": pad([torch.ones_like(d) for d in documents], True),
-              "input_features": features.input_features, "feature_attention_mask": features.attention_mask}
+        heard = torch.tensor([audio - 2] + [audio] * inserter.audio_positions(len(clip)) + [audio - 1])
+        documents.append(torch.cat([heard, words]))
+        targets.append(torch.cat([torch.full_like(heard, inserter.IGNORE), words]))
+    nothing = torch.tensor([inserter.IGNORE])
+    lengths = [len(document) for document in documents]
+    ours = {
+        "ids": torch.cat(documents),
+        "labels": torch.cat([torch.cat([target[1:], nothing]) for target in targets]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
+        "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
+        "waveforms": [torch.from_numpy(clip) for clip in clips],
+        "chunk": 2048}
+    extract = WhisperFeatureExtractor(config.audio_config.num_mel_bins)
+    features = extract(clips, sampling_rate=synth.RATE, return_tensors="pt", return_attention_mask=True)
+    theirs = {
+        "input_ids": pad_sequence(documents, True),
+        "labels": pad_sequence(targets, True, inserter.IGNORE),
+        "attention_mask": pad_sequence([torch.ones_like(document) for document in documents], True),
+        "input_features": features.input_features,
+        "feature_attention_mask": features.attention_mask}
     return ours, theirs
 
 
-def flops(config, clip_samples, padded):
+def flops(config: Qwen2AudioConfig, clip_samples: list[int], padded: bool) -> float:
     """Multiplications and additions of a step, forward and backward, by the matrix products alone."""
-    a, t = config.audio_config, config.text_config
-    head, total, longest = t.hidden_size // t.num_attention_heads, 0, max(map(inserter.audio_positions, clip_samples)) + 2 + TEXT
+    audio = config.audio_config
+    text = config.text_config
+    d = audio.d_model
+    width = text.hidden_size
+    head_size = width // text.num_attention_heads
+    heads = text.num_attention_heads + text.num_key_value_heads
+    matrices = width * head_size * 2 * heads + 3 * width * text.intermediate_size
+    longest = max(map(inserter.audio_positions, clip_samples)) + 2 + TEXT
+    total = 0
     for samples in clip_samples:
+        heard = inserter.audio_positions(samples)
         frames = 3000 if padded else inserter.context_frames(samples)
-        rows, heard = frames // 2, inserter.audio_positions(samples)
+        rows = frames // 2
+        pooled = 750 if padded else heard
         length = longest if padded else heard + 2 + TEXT
-        encoder = 2 * rows * (12 * a.d_model ** 2) + 4 * rows ** 2 * a.d_model
-        forward = 2 * 3 * a.d_model * (frames * a.num_mel_bins + rows * a.d_model) + a.encoder_layers * encoder
-        forward += 2 * (750 if padded else heard) * a.d_model * t.hidden_size
-        matrices = t.hidden_size * head * 2 * (t.num_attention_heads + t.num_key_value_heads) + 3 * t.hidden_size * t.intermediate_size
-        forward += t.num_hidden_layers * (2 * length * matrices + 2 * length ** 2 * t.hidden_size)
-        logits = 2 * t.hidden_size * t.vocab_size * (length if padded else TEXT)
-        total += 3 * forward + logits * (3 if padded else 4)              # our logits are computed again in the backward pass
+        asked = longest if padded else TEXT
+        convolutions = 2 * 3 * d * (frames * audio.num_mel_bins + rows * d)
+        encoder_block = 2 * rows * (12 * d ** 2) + 4 * rows ** 2 * d
+        llm_block = 2 * length * matrices + 2 * length ** 2 * width
+        forward = convolutions + audio.encoder_layers * encoder_block + 2 * pooled * d * width
+        forward += text.num_hidden_layers * llm_block
+        logits = 2 * width * text.vocab_size * asked
+        total += 3 * forward + logits * (3 if padded else 4)             # ours are computed again going back
     return total
 
 
-def measure_step(name, config, samples, with_optimizer):
-    (ours, theirs), source = make_batch(config, samples), inserter.random_model(config, 1)
-    for p in source.parameters():                                        # blocks start as the identity: make all of it count
-        if p.requires_grad:
-            p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    with tempfile.TemporaryDirectory() as folder:
-        inserter.save_model(source, folder)
-        peer = Qwen2AudioForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa").train()
+def measure_step(name: str, config: Qwen2AudioConfig, samples: int, with_optimizer: bool) -> dict:
+    ours, theirs = make_batch(config, samples)
+    model, peer = both_models(config)
     targets = samples * TEXT
-    forwards = {"inserter": lambda: source(**ours) / targets, "transformers": lambda: peer(**theirs).loss}
-    for key, p in peer.named_parameters():                           # Whisper's positions are constants
-        p.requires_grad_("embed_positions" not in key)
-    models, optimizers = {"inserter": source, "transformers": peer}, {}
-    trained = {who: [p for p in model.parameters() if p.requires_grad] for who, model in models.items()}
-    counts = {who: sum(p.numel() for p in ps) for who, ps in trained.items()}
+    forwards = {"inserter": lambda: model(**ours) / targets, "transformers": lambda: peer(**theirs).loss}
+    models = {"inserter": model, "transformers": peer}
+    trained = {who: [p for p in network.parameters() if p.requires_grad] for who, network in models.items()}
+    counts = {who: sum(p.numel() for p in parameters) for who, parameters in trained.items()}
     assert counts["inserter"] == counts["transformers"], counts
     losses = {who: float(forward().detach()) for who, forward in forwards.items()}
     assert abs(losses["inserter"] - losses["transformers"]) < 1e-4, losses
+    optimizers = {}
     if with_optimizer:
-        optimizers = {who: torch.optim.AdamW(ps, lr=1e-4, fused=True) for who, ps in trained.items()}
+        for who, parameters in trained.items():
+            optimizers[who] = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
-    def step(who):
-        begin = clock()
+    def step(who: str) -> float:
+        begun = clock()
         forwards[who]().backward()
         if with_optimizer:
             optimizers[who].step()
         models[who].zero_grad(set_to_none=True)
-        return clock() - begin
+        return clock() - begun
 
-    step("inserter"), step("transformers")                               # warm both
+    step("inserter")                         # warm both
+    step("transformers")
     rounds = [(step("inserter"), step("transformers")) for _ in range(ROUNDS)]
-    ratios, clip_samples = [b / a for a, b in rounds], [len(w) for w in ours["waveforms"]]
-    theory = flops(config, clip_samples, True) / flops(config, clip_samples, False)
-    seconds = [statistics.median(column) for column in zip(*rounds)]
-    print(f"\nstep, {name}: {counts['inserter'] / 1e6:.1f} M parameters, {samples} samples, "
-          f"{'forward, backward, AdamW' if with_optimizer else 'forward, backward'}, float32, {torch.get_num_threads()} thread")
+    ratios = [slow / fast for fast, slow in rounds]
+    clip_samples = [len(waveform) for waveform in ours["waveforms"]]
+    results = {
+        "parameters": counts["inserter"],
+        "samples": samples,
+        "losses": losses,
+        "inserter_seconds": statistics.median(fast for fast, _ in rounds),
+        "transformers_seconds": statistics.median(slow for _, slow in rounds),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "flop_ratio": flops(config, clip_samples, True) / flops(config, clip_samples, False)}
+    show_step(name, results, with_optimizer)
+    return results
+
+
+def both_models(config: Qwen2AudioConfig) -> tuple[inserter.InSerter, nn.Module]:
+    """Ours and transformers', of the same weights."""
+    model = inserter.random_model(config, 1)
+    for p in model.parameters():             # blocks start as the identity: make all of it count
+        if p.requires_grad:
+            p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    with tempfile.TemporaryDirectory() as folder:
+        inserter.save_model(model, folder)
+        peer = Qwen2AudioForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
+    for name, p in peer.named_parameters():  # Whisper's positions are constants
+        p.requires_grad_("embed_positions" not in name)
+    return model, peer.train()
+
+
+def show_step(name: str, results: dict, with_optimizer: bool) -> None:
+    passes = "forward, backward, AdamW" if with_optimizer else "forward, backward"
+    ratios = results["ratios"]
+    losses = results["losses"]
+    print(f"\nstep, {name}: {results['parameters'] / 1e6:.1f} M parameters, {results['samples']} samples, "
+          f"{passes}, float32, {torch.get_num_threads()} thread")
     print(f"  losses {losses['inserter']:.6f} and {losses['transformers']:.6f}")
-    print(f"  inserter {seconds[0]:.3f} s, transformers {seconds[1]:.3f} s: {statistics.median(ratios):.1f} times as fast "
-          f"(from {min(ratios):.1f} to {max(ratios):.1f}; wanted 5); by FLOPs {theory:.1f}")
-    del models, optimizers, forwards, peer, source
-    gc.collect()
-    return {"parameters": counts["inserter"], "samples": samples, "losses": losses, "inserter_seconds": seconds[0],
-            "transformers_seconds": seconds[1], "ratio": statistics.median(ratios), "ratios": ratios, "flop_ratio": theory}
+    print(f"  inserter {results['inserter_seconds']:.3f} s, transformers "
+          f"{results['transformers_seconds']:.3f} s: {results['ratio']:.1f} times as fast (from "
+          f"{min(ratios):.1f} to {max(ratios):.1f}; wanted 5); by FLOPs {results['flop_ratio']:.1f}")
 
 
-def measure_steps(chosen):
-    m = synth.load_config([]).model
-    tiny = sizes(m.vocab, m.mels, m.encoder_layers, m.encoder_width, m.encoder_heads, m.llm_layers, m.llm_width, m.llm_heads,
-                 m.llm_kv_heads, m.llm_ffn)
-    base = {f"Whisper-base and 4 layers of Qwen2.5-0.5B, vocabulary {v}": sizes(v, 80, 6, 512, 8, 4, 896, 14, 2, 4864)
-            for v in ([16384] if "step" in chosen else []) + ([151936] if "full" in chosen else [])}
-    rows = {"tiny": measure_step("config.yaml's sizes", tiny, 16, True)} if "step" in chosen else {}
-    return rows | {name: measure_step(name, config, 4, False) for name, config in base.items()}
+def measure_steps(chosen: list[str]) -> dict:
+    rows = {}
+    if "step" in chosen:
+        rows["tiny"] = measure_step("config.yaml's sizes", tiny_config(), 16, with_optimizer=True)
+    for part, vocab in (("step", 16384), ("full", 151936)):
+        if part in chosen:
+            gc.collect()                     # the models before are large
+            name = f"Whisper-base and 4 layers of Qwen2.5-0.5B, vocabulary {vocab}"
+            rows[name] = measure_step(name, base_config(vocab), 4, with_optimizer=False)
+    return rows
 
 
-def main(chosen):
+def main(chosen: list[str]) -> None:
     torch.set_num_threads(1)
     path = ROOT / "results" / "speed.json"
     results = json.loads(path.read_text()) if path.is_file() else {}

@@ -2,75 +2,113 @@
 
 The tests are meant to be read: the first section spells out the loss mask of every recipe.
 """
+import base64
+import doctest
 import json
 import math
 import random
 import re
+import shutil
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import SMALL
+from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.qwen2_audio.processing_qwen2_audio import Qwen2AudioProcessor
 
 import inserter as M
 import synth
+from synth import Settings
 
-CLIP = 2000                                             # samples: 13 frames, 7 convolution outputs, 3 positions
-TINY = ["model.encoder_layers=1", "model.encoder_width=16", "model.encoder_heads=2", "model.llm_layers=2", "model.llm_width=16",
-        "model.llm_heads=2", "model.llm_kv_heads=1", "model.llm_ffn=24", "model.vocab=400", "train.workers=0"]
-STORY = "tom puts the ball in the old garden. the ball is in the garden. where is the ball? it is red, say yes"
+CLIP = 2000                                  # samples: 13 frames, 7 convolution outputs, 3 positions
+SIZES = [
+    "model.encoder_layers=1",
+    "model.encoder_width=16",
+    "model.encoder_heads=2",
+    "model.llm_layers=2",
+    "model.llm_width=16",
+    "model.llm_heads=2",
+    "model.llm_kv_heads=1",
+    "model.llm_ffn=24",
+    "model.vocab=400"]
+STAGE = ("{one: {steps: 9, mix: {text: 0.3, interleaved: 0.5, tasks: 0.2}, packs: 4, lr: 1.0e-3, "
+         "muon_lr: 1.0e-2, lr_scale: {encoder: 1.0, adapter: 1.0, llm: 1.0}, ramp: 4, floor: 0.1}}")
+STORY = ("tom puts the ball in the old garden. the ball is in the garden. where is the ball? it is red, say "
+         "yes")
+RECIPES = ("text", "interleaved", "tasks")
 
 
-def text(words, loss=True):
+def text(words: str, loss: bool = True) -> dict:
     return {"role": "text", "text": words, "loss": loss}
 
 
-def speech(words, audio="00.flac"):
+def speech(words: str, audio: str = "00.flac") -> dict:
     return {"role": "speech", "text": words, "audio": audio, "seconds": CLIP / 16000, "voice": "v"}
 
 
-def document(*parts, recipe="interleaved", name="d"):
+def document(*parts: dict, recipe: str = "interleaved", name: str = "d") -> dict:
     return {"id": name, "recipe": recipe, "lang": "en", "parts": list(parts), "messages": None}
 
 
-def dialogue(*messages, recipe="chat", name="m"):
-    return {"id": name, "recipe": recipe, "lang": "en", "parts": None,
-            "messages": [{"role": role, "content": list(parts)} for role, *parts in messages]}
+def dialogue(*turns: tuple, recipe: str = "chat", name: str = "m") -> dict:
+    """A dialogue of turns (role, part, part, …)."""
+    messages = [{"role": role, "content": list(parts)} for role, *parts in turns]
+    return {"id": name, "recipe": recipe, "lang": "en", "parts": None, "messages": messages}
 
 
-def noise(samples=CLIP, seed=0):
+def noise(samples: int = CLIP, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-0.3, 0.3, samples).astype(np.float32)
 
 
-def write_recipe(c, name, samples, shards=2, clip=CLIP):
+CLIPS = {"00.flac": noise(), "01.flac": noise(4000)}
+
+
+def write_recipe(c: Settings, name: str, samples: list[dict], shards: int = 2) -> None:
     """Shards of hand-made samples: each part that is spoken gets noise as its clip."""
+    flac = synth.flac_bytes(synth.to_int16(noise()))
     for shard in range(shards):
         mine = samples[shard::shards]
-        clips = {s["id"]: {p["audio"]: synth.flac_bytes(synth.to_int16(noise(clip))) for parts in synth.parts_of(s)
-                           for p in parts if p["role"] == "speech"} for s in mine}
+        clips = {}
+        for sample in mine:
+            spoken = [part for parts in synth.parts_of(sample) for part in parts if part["role"] == "speech"]
+            clips[sample["id"]] = {part["audio"]: flac for part in spoken}
         synth.write_shard(synth.shard_path(c, name, "train", shard), mine, clips, {"counts": {}})
 
 
 @pytest.fixture(scope="module")
 def c(tmp_path_factory):
-    """Settings of a data folder of three recipes, 21 samples each, and a tokenizer on which every word of STORY is a token."""
-    stage = ("{one: {warmup: false, ctc: false, steps: 9, tokens: null, mix: {text: 0.3, interleaved: 0.5, tasks: 0.2}, packs: 4, lr: 1.0e-3, "
-             "muon_lr: 1.0e-2, parts: {encoder: 1.0, adapter: 1.0, llm: 1.0}, ramp: 4, floor: 0.1}}")
-    c = synth.load_config([f"data={tmp_path_factory.mktemp('data')}", f"train.stages={stage}", "train.pack_length=40", *TINY])
-    rng, words = random.Random(0), STORY.split()
-    draw = lambda least, most: " ".join(rng.choices(words, k=rng.randint(least, most)))              # noqa: E731
-    # the first shard of `text` trains the tokenizer
-    write_recipe(c, "text", [document(text(f"{STORY} {STORY}"), recipe="text", name=f"text-{i}") if i % 2 == 0 and i < 4 else
-                             document(text(draw(3, 12)), recipe="text", name=f"text-{i}") for i in range(21)])
-    write_recipe(c, "interleaved", [document(text(draw(2, 6) + " "), speech(draw(3, 5)), text(" " + draw(1, 9)),
-                                             name=f"interleaved-{i}") for i in range(21)])
-    write_recipe(c, "tasks", [document(speech("x"), text("Transcript:", False), text(" " + draw(2, 4)), recipe="tasks",
-                                       name=f"tasks-{i}") for i in range(21)])
+    """Settings of a data folder of three recipes, 21 samples each.
+
+    The first shard of `text` trains the tokenizer: every word of STORY becomes a token.
+    """
+    c = synth.load_config([
+        f"data={tmp_path_factory.mktemp('data')}",
+        f"train.stages={STAGE}",
+        "train.pack_length=40",
+        "train.workers=0",
+        *SIZES])
+    rng = random.Random(0)
+
+    def words(least: int, most: int) -> str:
+        return " ".join(rng.choices(STORY.split(), k=rng.randint(least, most)))
+
+    texts, mixed, tasks = [], [], []
+    for i in range(21):
+        whole = f"{STORY} {STORY}" if i in (0, 2) else words(3, 12)
+        texts.append(document(text(whole), recipe="text", name=f"text-{i}"))
+    for i in range(21):
+        parts = [text(words(2, 6) + " "), speech(words(3, 5)), text(" " + words(1, 9))]
+        mixed.append(document(*parts, name=f"interleaved-{i}"))
+    for i in range(21):
+        parts = [speech("x"), text("Transcript:", False), text(" " + words(2, 4))]
+        tasks.append(document(*parts, recipe="tasks", name=f"tasks-{i}"))
+    for name, samples in zip(RECIPES, (texts, mixed, tasks)):
+        write_recipe(c, name, samples)
     return c
 
 
@@ -79,94 +117,190 @@ def tok(c):
     return M.load_tokenizer(c)
 
 
-def shown(encoded, tok):
+@pytest.fixture(scope="module")
+def model(c, tok):
+    """Random weights that are nowhere zero, so that answers differ."""
+    model = M.fresh_model(c, tok)
+    g = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=g) * p.requires_grad
+    return model.eval()
+
+
+def with_train(c: Settings, **changed: object) -> Settings:
+    """The settings with other values in `train`."""
+    return Settings(c | {"train": Settings(c.train | changed)})
+
+
+def with_stage(c: Settings, **changed: object) -> Settings:
+    """The settings with other values in their one stage."""
+    return with_train(c, stages=Settings({"one": Settings(c.train.stages.one | changed)}))
+
+
+def shown(encoded: M.Encoded, tok: M.Tokenizer) -> list[tuple[str, str | None]]:
     """[(token, label)], label None without loss; runs of <|AUDIO|> as one."""
-    pairs = [(tok.decode([i]), tok.decode([label]) if label != M.IGNORE else None) for i, label in zip(encoded.ids, encoded.labels)]
-    return [pair for at, pair in enumerate(pairs) if not (pair[0] == "<|AUDIO|>" and pairs[at - 1] == pair)]
+    pairs = []
+    for i, label in zip(encoded.ids, encoded.labels):
+        pair = (tok.decode([i]), tok.decode([label]) if label != M.IGNORE else None)
+        if pair[0] != M.AUDIO or pair != pairs[-1]:
+            pairs.append(pair)
+    return pairs
 
 
-def learnt(encoded, tok):
+def learnt(encoded: M.Encoded, tok: M.Tokenizer) -> str:
     """The targets, as one text."""
     return tok.decode([label for label in encoded.labels if label != M.IGNORE])
 
 
-CLIPS = {"00.flac": noise(), "01.flac": noise(4000)}
+def test_worked_examples():
+    found = doctest.testmod(M)
+    assert found.failed == 0
+    assert found.attempted > 0
 
-# ---- 1. the loss mask of every recipe ----
 
+# --------------------------------------------------------------------------------------------------
+# 1. The loss mask of every recipe
+# --------------------------------------------------------------------------------------------------
 
 def test_words_are_tokens(tok):
-    assert [tok.decode([i]) for i in tok("tom puts the ball. it is")] == ["tom", " puts", " the", " ball", ".", " it", " is"]
+    tokens = [tok.decode([i]) for i in tok("tom puts the ball. it is")]
+    assert tokens == ["tom", " puts", " the", " ball", ".", " it", " is"]
 
 
 def test_interleaved(tok):
-    """Loss on all text, also on the first token after speech; none on the speech. The space before speech is no token."""
-    sample = document(text("tom puts the "), speech("ball in the old garden"), text(". it is"), speech("red", "01.flac"))
+    """Loss on all text, also on the first token after speech; the space before speech is no token."""
+    sample = document(text("tom puts the "), speech("ball in the old garden"), text(". it is"),
+                      speech("red", "01.flac"))
     encoded = M.encode(sample, CLIPS, tok)
     assert shown(encoded, tok) == [
-        ("tom", " puts"), (" puts", " the"), (" the", None),
-        ("<|audio_bos|>", None), ("<|AUDIO|>", None), ("<|audio_eos|>", "."),
-        (".", " it"), (" it", " is"), (" is", None),
-        ("<|audio_bos|>", None), ("<|AUDIO|>", None), ("<|audio_eos|>", "<|endoftext|>"), ("<|endoftext|>", None)]
-    assert encoded.ids.count(tok.special["<|AUDIO|>"]) == 3 + 6 and [len(clip) for clip in encoded.clips] == [2000, 4000]
-    one, two = tok("tom puts the"), tok(". it is")
+        ("tom", " puts"),
+        (" puts", " the"),
+        (" the", None),
+        ("<|audio_bos|>", None),
+        ("<|AUDIO|>", None),
+        ("<|audio_eos|>", "."),
+        (".", " it"),
+        (" it", " is"),
+        (" is", None),
+        ("<|audio_bos|>", None),
+        ("<|AUDIO|>", None),
+        ("<|audio_eos|>", "<|endoftext|>"),
+        ("<|endoftext|>", None)]
+    assert encoded.ids.count(tok.special["<|AUDIO|>"]) == 3 + 6
+    assert [len(clip) for clip in encoded.clips] == [2000, 4000]
     bos, audio, eos = (tok.special[name] for name in ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"))
-    assert encoded.ids == [*one, bos, *[audio] * 3, eos, *two, bos, *[audio] * 6, eos, tok.special["<|endoftext|>"]]
+    first = [*tok("tom puts the"), bos, *[audio] * 3, eos]
+    second = [*tok(". it is"), bos, *[audio] * 6, eos]
+    assert encoded.ids == [*first, *second, tok.special["<|endoftext|>"]]
 
 
 def test_text_recipe(tok):
     encoded = M.encode(document(text("the ball is red")), {}, tok)
-    assert shown(encoded, tok) == [("the", " ball"), (" ball", " is"), (" is", " red"), (" red", "<|endoftext|>"), ("<|endoftext|>", None)]
+    assert shown(encoded, tok) == [
+        ("the", " ball"),
+        (" ball", " is"),
+        (" is", " red"),
+        (" red", "<|endoftext|>"),
+        ("<|endoftext|>", None)]
 
 
 def test_tasks(tok):
     """The task's prompt carries no loss, the answer and the end do."""
     sample = document(speech("the ball is red"), text("Transcript:", False), text(" the ball is red"))
+    *asked, last = [tok.decode([i]) for i in tok("Transcript:")]
     assert shown(M.encode(sample, CLIPS, tok), tok) == [
-        ("<|audio_bos|>", None), ("<|AUDIO|>", None), ("<|audio_eos|>", None),
-        *[(tok.decode([i]), None) for i in tok("Transcript:")[:-1]], (tok.decode(tok("Transcript:")[-1:]), " the"),
-        (" the", " ball"), (" ball", " is"), (" is", " red"), (" red", "<|endoftext|>"), ("<|endoftext|>", None)]
+        ("<|audio_bos|>", None),
+        ("<|AUDIO|>", None),
+        ("<|audio_eos|>", None),
+        *[(token, None) for token in asked],
+        (last, " the"),
+        (" the", " ball"),
+        (" ball", " is"),
+        (" is", " red"),
+        (" red", "<|endoftext|>"),
+        ("<|endoftext|>", None)]
 
 
 def test_chat(tok):
     """Loss on the assistant's words and its <|im_end|>, on nothing else of the template."""
-    sample = dialogue(("user", text("where is the ball", False)), ("assistant", text("the garden")),
-                      ("user", speech("say red")), ("assistant", text("red")))
+    sample = dialogue(
+        ("user", text("where is the ball", False)),
+        ("assistant", text("the garden")),
+        ("user", speech("say red")),
+        ("assistant", text("red")))
     encoded = M.encode(sample, CLIPS, tok)
     assert [pair for pair in shown(encoded, tok) if pair[1]] == [
-        ("\n", "the"), ("the", " garden"), (" garden", "<|im_end|>"), ("\n", "red"), ("red", "<|im_end|>")]
+        ("\n", "the"),
+        ("the", " garden"),
+        (" garden", "<|im_end|>"),
+        ("\n", "red"),
+        ("red", "<|im_end|>")]
     assert tok.decode(encoded.ids) == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nwhere is the ball<|im_end|>\n"
-        "<|im_start|>assistant\nthe garden<|im_end|>\n<|im_start|>user\nAudio 1: <|audio_bos|><|AUDIO|><|AUDIO|><|AUDIO|>"
-        "<|audio_eos|>\n<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n")
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nwhere is the ball<|im_end|>\n"
+        "<|im_start|>assistant\nthe garden<|im_end|>\n"
+        "<|im_start|>user\nAudio 1: <|audio_bos|><|AUDIO|><|AUDIO|><|AUDIO|><|audio_eos|>\n<|im_end|>\n"
+        "<|im_start|>assistant\nred<|im_end|>\n")
 
 
 def test_interleaved_dialogue(tok):
-    """In a dialogue of the interleaved recipe the user's typed words are targets too; the markup still is none."""
-    sample = dialogue(("user", text("where "), speech("is the ball")), ("assistant", text("the garden")), recipe="interleaved")
+    """In a dialogue of the interleaved recipe the user's written words are targets too; markup is none."""
+    sample = dialogue(
+        ("user", text("where "), speech("is the ball")),
+        ("assistant", text("the garden")),
+        recipe="interleaved")
     assert learnt(M.encode(sample, CLIPS, tok), tok) == "wherethe garden<|im_end|>"
 
 
 def test_continuation(tok):
     """Nothing but the `loss` flag counts, whatever the recipe is called."""
-    sample = document(speech("tom puts the ball"), text(" in the", False), text(" old garden"), recipe="continuation")
+    sample = document(speech("tom puts the ball"), text(" in the", False), text(" old garden"),
+                      recipe="continuation")
     assert learnt(M.encode(sample, CLIPS, tok), tok) == " old garden<|endoftext|>"
 
 
 def test_typed_has_the_same_targets(tok):
-    """The gap compares like with like: spaces that were dropped before speech belong to the speech's text when typed."""
-    sample = document(text("tom puts the "), speech("ball in the old"), text(" garden. it "), speech("is"), text(" red"))
-    heard, typed = (M.encode(sample, CLIPS, tok, typed=way) for way in (False, True))
-    assert learnt(heard, tok) == learnt(typed, tok) == " puts the garden. it red<|endoftext|>"
-    assert not typed.clips and tok.decode(typed.ids) == "tom puts the ball in the old garden. it is red<|endoftext|>"
-    question = dialogue(("user", text("where ", False), speech("is the ball")), ("assistant", text("red")))
+    """The gap compares like with like: spaces dropped before speech belong to its text when typed."""
+    sample = document(text("tom puts the "), speech("ball in the old"), text(" garden. it "), speech("is"),
+                      text(" red"))
+    heard = M.encode(sample, CLIPS, tok)
+    typed = M.encode(sample, CLIPS, tok, typed=True)
+    assert learnt(heard, tok) == " puts the garden. it red<|endoftext|>"
+    assert learnt(typed, tok) == " puts the garden. it red<|endoftext|>"
+    assert not typed.clips
+    assert tok.decode(typed.ids) == "tom puts the ball in the old garden. it is red<|endoftext|>"
+    question = dialogue(
+        ("user", text("where ", False), speech("is the ball")),
+        ("assistant", text("red")))
     assert learnt(M.encode(question, CLIPS, tok, typed=True), tok) == "red<|im_end|>"
+
+
+@pytest.mark.parametrize("parts, moved", [
+    ([text("the "), speech("ball")], ["the", " ball"]),
+    ([text("the   "), speech("ball"), text(" is "), speech("red"), text(" ")],
+     ["the", "   ball", " is", " red", " "]),
+    ([text("the"), speech("ball")], ["the", "ball"]),
+    ([text(" "), speech("ball")], ["", " ball"]),
+    ([text("the\n "), speech("ball")], ["the\n", " ball"]),
+    ([speech("the "), speech("ball"), text(" is ")], ["the ", "ball", " is "]),
+    ([text("the "), text("ball ")], ["the ", "ball "]),
+    ([text("")], [""]),
+    ([], [])])
+def test_spaces_before_speech_move_into_it(parts, moved):
+    """Spaces alone, from text to the speech right behind it; nothing is lost, the sample is not changed."""
+    before = json.dumps(parts)
+    found = M.spaces_moved(parts)
+    assert [part for part, _ in found] == parts
+    assert [words for _, words in found] == moved
+    assert "".join(moved) == "".join(part["text"] for part in parts)
+    assert json.dumps(parts) == before
 
 
 def test_special_tokens_in_text_are_plain_text(tok):
     nasty = "say <|im_end|>\n<|im_start|>assistant <|AUDIO|><|endoftext|>"
     encoded = M.encode(document(text(nasty)), {}, tok)
-    assert not set(encoded.ids[:-1]) & set(tok.special.values()) and tok.decode(encoded.ids[:-1]) == nasty
+    assert not set(encoded.ids[:-1]) & set(tok.special.values())
+    assert tok.decode(encoded.ids[:-1]) == nasty
 
 
 def test_text_survives(tok):
@@ -176,25 +310,32 @@ def test_text_survives(tok):
 
 def test_read_back_from_a_shard(c, tok):
     encoded = M.read_encoded(synth.shard_path(c, "interleaved", "train", 1), 0, tok)
-    assert encoded.name == "interleaved-1" and [len(clip) for clip in encoded.clips] == [CLIP]
+    assert encoded.name == "interleaved-1"
+    assert [len(clip) for clip in encoded.clips] == [CLIP]
 
 
-# ---- 2. the chat template is Qwen2-Audio's ----
+# --------------------------------------------------------------------------------------------------
+# 2. The chat template is Qwen2-Audio's
+# --------------------------------------------------------------------------------------------------
 
-def rendered(sample, tok, generate):
-    """transformers' own rendering of a dialogue, tokenised whole, with each <|AUDIO|> written as often as it has positions."""
-    said = []
+def rendered(sample: dict, tok: M.Tokenizer, generate: bool) -> list[int]:
+    """transformers' own rendering of a dialogue, tokenised whole, one <|AUDIO|> per position."""
+    messages = []
+    positions = []
     for message in sample["messages"]:
-        parts = [{"type": "audio", "audio_url": p["audio"]} if p["role"] == "speech" else {"type": "text", "text": p["text"]}
-                 for p in message["content"]]
-        said.append({"role": message["role"], "content": parts})
+        content = []
+        for part in message["content"]:
+            if part["role"] == "speech":
+                content.append({"type": "audio", "audio_url": part["audio"]})
+                positions.append(M.audio_positions(len(CLIPS[part["audio"]])))
+            else:
+                content.append({"type": "text", "text": part["text"]})
+        messages.append({"role": message["role"], "content": content})
     processor = Qwen2AudioProcessor.__new__(Qwen2AudioProcessor)
-    whole = tok.hf.apply_chat_template(said, chat_template=processor.default_chat_template, tokenize=False,
-                                       add_generation_prompt=generate)
-    for message in sample["messages"]:
-        for p in message["content"]:
-            if p["role"] == "speech":
-                whole = whole.replace("<|AUDIO|>", "<|audio|>" * M.audio_positions(len(CLIPS[p["audio"]])), 1)
+    whole = tok.hf.apply_chat_template(messages, chat_template=processor.default_chat_template,
+                                       tokenize=False, add_generation_prompt=generate)
+    for count in positions:
+        whole = whole.replace("<|AUDIO|>", "<|audio|>" * count, 1)
     tok.backend.encode_special_tokens = False
     ids = tok.backend.encode(whole.replace("<|audio|>", "<|AUDIO|>"), add_special_tokens=False).ids
     tok.backend.encode_special_tokens = True
@@ -202,252 +343,409 @@ def rendered(sample, tok, generate):
 
 
 @pytest.mark.parametrize("sample", [
-    dialogue(("user", text("where is the ball?", False)), ("assistant", text("the garden"))),
-    dialogue(("user", speech("where is the ball?")), ("assistant", text("the garden"))),
-    dialogue(("user", speech("where is it")), ("assistant", text("the garden.")), ("user", text("say yes", False)),
-             ("assistant", text("yes")), ("user", speech("red", "01.flac")), ("assistant", text("the ball is red"))),
-    dialogue(("system", text("say yes", False)), ("user", speech("is it"), text("red or old?", False)), ("assistant", text("yes"))),
-    dialogue(("user", speech("is it"), speech("red", "01.flac")), ("assistant", text("yes")))])
+    dialogue(
+        ("user", text("where is the ball?", False)),
+        ("assistant", text("the garden"))),
+    dialogue(
+        ("user", speech("where is the ball?")),
+        ("assistant", text("the garden"))),
+    dialogue(
+        ("user", speech("where is it")),
+        ("assistant", text("the garden.")),
+        ("user", text("say yes", False)),
+        ("assistant", text("yes")),
+        ("user", speech("red", "01.flac")),
+        ("assistant", text("the ball is red"))),
+    dialogue(
+        ("system", text("say yes", False)),
+        ("user", speech("is it"), text("red or old?", False)),
+        ("assistant", text("yes"))),
+    dialogue(
+        ("user", speech("is it"), speech("red", "01.flac")),
+        ("assistant", text("yes")))])
 def test_the_template_is_qwen2_audios(sample, tok):
     assert M.encode(sample, CLIPS, tok).ids == rendered(sample, tok, False)
-    question = {**sample, "messages": sample["messages"][:-1]}
+    question = sample | {"messages": sample["messages"][:-1]}
     assert M.encode(question, CLIPS, tok, reply=True).ids == rendered(question, tok, True)
 
 
 def test_the_tokenizer_opens_in_transformers(c, tok):
     hf = AutoTokenizer.from_pretrained(Path(c.data) / "tokenizer")
-    assert hf.eos_token == "<|im_end|>" and hf.pad_token == "<|endoftext|>" and len(hf) <= c.model.vocab
+    assert hf.eos_token == "<|im_end|>"
+    assert hf.pad_token == "<|endoftext|>"
+    assert len(hf) <= c.model.vocab
     assert hf("the ball<|im_end|>").input_ids == [*tok("the ball"), tok.special["<|im_end|>"]]
     assert hf.decode(tok("where is the ball?")) == "where is the ball?"
     assert M.load_tokenizer(c).digest == tok.digest
 
 
-# ---- 3. packing ----
+# --------------------------------------------------------------------------------------------------
+# 3. Packing
+# --------------------------------------------------------------------------------------------------
 
-def other_data(c, folder, **mix):
+def other_data(c: Settings, folder: Path, **mix: float) -> Settings:
     """The same settings with another folder, and a single lane of this mix of recipes."""
-    stages = {"one": replace(c.train.stages["one"], mix=mix, packs=1)} if mix else c.train.stages
-    return replace(c, data=str(folder), train=replace(c.train, stages=stages))
+    if mix:
+        c = with_stage(c, mix=mix, packs=1)
+    return Settings(c | {"data": str(folder)})
 
 
-def lane(c, tok, number=0, cursor=None):
+def lane(c: Settings, tok: M.Tokenizer, number: int = 0, cursor: dict | None = None) -> M.Lane:
     return M.Lane(c, tok, "one", number, cursor)
 
 
-def documents_of(pack):
+def documents_of(pack: M.Pack) -> list[tuple[str, list[int], list[int]]]:
     """[(name, ids, labels)] of a pack's documents."""
-    spans = zip(pack.cu_seqlens, pack.cu_seqlens[1:])
-    return [(name, pack.ids[a:b].tolist(), pack.labels[a:b].tolist()) for name, (a, b) in zip(pack.names, spans)]
+    spans = zip(pack.names, pack.cu_seqlens, pack.cu_seqlens[1:])
+    return [(name, pack.ids[a:b].tolist(), pack.labels[a:b].tolist()) for name, a, b in spans]
+
+
+def all_samples(c: Settings, tok: M.Tokenizer) -> dict[str, M.Encoded]:
+    """Every training sample, by name."""
+    samples = {}
+    for path in Path(c.data).glob("*/train-*.tar"):
+        for number in range(synth.read_index(path)["count"]):
+            encoded = M.read_encoded(path, number, tok)
+            samples[encoded.name] = encoded
+    return samples
 
 
 def test_a_pack_is_whole_documents_and_no_padding(c, tok):
-    samples = {}
-    for path in Path(c.data).glob("*/train-*.tar"):
-        for n in range(synth.read_index(path)["count"]):
-            encoded = M.read_encoded(path, n, tok)
-            samples[encoded.name] = encoded
+    samples = all_samples(c, tok)
     one = lane(c, tok)
     for _ in range(30):
-        p = one.pack()
-        assert len(p.ids) == len(p.labels) == len(p.position_ids) == p.cu_seqlens[-1] == 40 - p.waste
-        for name, ids, labels in documents_of(p):
-            if len(samples[name].ids) <= 40:
-                assert (ids, labels) == (samples[name].ids, samples[name].labels)
-        for a, b in zip(p.cu_seqlens, p.cu_seqlens[1:]):
-            assert p.position_ids[a:b].tolist() == list(range(b - a))
-        assert p.waste == 40 - sum(len(ids) for _, ids, _ in documents_of(p))
-        assert p.supervised == (p.labels != M.IGNORE).sum() > 0 and len(p.cu_seqlens) == 1 + len(p.names)
-        assert sum(p.clip_samples) == len(p.audio) and len(p.clip_samples) == sum("text" not in name for name in p.names)
+        pack = one.pack()
+        documents = documents_of(pack)
+        assert len(pack.ids) == len(pack.labels) == len(pack.position_ids) == pack.cu_seqlens[-1]
+        assert len(pack.ids) == 40 - pack.waste
+        assert pack.waste == 40 - sum(len(ids) for _, ids, _ in documents)
+        for name, ids, labels in documents:
+            assert (ids, labels) == (samples[name].ids, samples[name].labels)
+        for start, end in zip(pack.cu_seqlens, pack.cu_seqlens[1:]):
+            assert pack.position_ids[start:end].tolist() == list(range(end - start))
+        assert pack.supervised == (pack.labels != M.IGNORE).sum() > 0
+        assert len(pack.cu_seqlens) == 1 + len(pack.names)
+        assert sum(pack.clip_samples) == len(pack.audio)
+        assert len(pack.clip_samples) == sum("text" not in name for name in pack.names)
 
 
-def test_an_epoch_gives_every_sample_once(c, tok):
-    """Four lanes share a recipe's 21 samples (6, 5, 5, 5); each starts again with its own, in another order."""
-    for recipe in ("text", "interleaved", "tasks"):
-        first = []
-        for number in range(4):
-            one, names, mine = lane(c, tok, number), [], len(range(number, 21, 4))
-            while len(names) < 2 * mine:
-                names += [name for name in one.pack().names if name.startswith(recipe) and name not in names[-1:]]
-            assert len(set(names[:mine])) == mine
-            first += names[:mine]
-        assert sorted(first) == sorted(f"{recipe}-{i}" for i in range(21))
-    orders = [[M.Recipe(c, "text", "one").locate(epoch, i) for i in range(21)] for epoch in (0, 1)]
-    assert orders[0] != orders[1] and set(orders[0]) == set(orders[1])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_an_epoch_gives_every_sample_once(c, tok, recipe, monkeypatch):
+    """Four lanes share a recipe's 21 samples (6, 5, 5, 5), and share them out anew in the next epoch.
+
+    What is read is packed, or left out as longer than a pack (two of `text` are), but for the documents that
+    are open at the end.
+    """
+    read_encoded = M.read_encoded
+    read = []
+
+    def recorded(*arguments):
+        encoded = read_encoded(*arguments)
+        if encoded.name.startswith(recipe):
+            read.append(encoded.name)
+        return encoded
+
+    monkeypatch.setattr(M, "read_encoded", recorded)
+    first, second = [], []
+    for number in range(4):
+        one = lane(c, tok, number)
+        mine = len(range(number, 21, 4))
+        read.clear()
+        used = Counter()
+        while used.total() < 2 * mine:
+            pack = one.pack()
+            used.update(name for name in pack.names + pack.skipped if name.startswith(recipe))
+        assert used <= Counter(read)
+        assert len(read) - used.total() <= c.train.get("open_documents", 1)
+        first += read[:mine]
+        second += read[mine:2 * mine]
+    everything = sorted(f"{recipe}-{i}" for i in range(21))
+    assert sorted(first) == everything
+    assert sorted(second) == everything
+
+
+def test_every_epoch_has_an_order_of_its_own(c):
+    recipe = M.Recipe(c, "text", "one")
+    first, second = ([recipe.locate(epoch, i) for i in range(21)] for epoch in (0, 1))
+    assert first != second
+    assert set(first) == set(second)
+    assert len(set(first)) == 21
 
 
 def test_shares_of_the_mix(c, tok):
-    lanes, fed = [lane(c, tok, number) for number in range(4)], Counter()
+    lanes = [lane(c, tok, number) for number in range(4)]
+    fed = Counter()
     for _ in range(60):
         for one in lanes:
             for name, ids, _ in documents_of(one.pack()):
                 fed[name.split("-")[0]] += len(ids)
-    for name, share in c.train.stages["one"].mix.items():
+    for name, share in c.train.stages.one.mix.items():
         assert abs(fed[name] / fed.total() - share) < 0.02, fed
-    assert sum(fed.values()) == sum(r["fed"] for one in lanes for r in one.cursor["recipes"].values())
+    assert fed.total() == sum(recipe["fed"] for one in lanes for recipe in one.cursor["recipes"].values())
 
 
 def test_a_cursor_is_all_that_a_lane_needs(c, tok):
     """From the cursor of every pack the same packs follow as without interruption."""
     one = lane(c, tok, 1)
     packs = [one.pack() for _ in range(12)]
-    for at in range(11):
-        again = lane(c, tok, 1, json.loads(json.dumps(packs[at].cursor)))
-        for want in packs[at + 1:at + 4]:
+    for i in range(11):
+        again = lane(c, tok, 1, json.loads(json.dumps(packs[i].cursor)))
+        for want in packs[i + 1:i + 4]:
             got = again.pack()
-            assert torch.equal(got.ids, want.ids) and torch.equal(got.labels, want.labels) and got.cursor == want.cursor
-            assert torch.equal(got.audio, want.audio) and got.names == want.names and got.skipped == want.skipped
+            for name in ("ids", "labels", "audio"):
+                assert torch.equal(getattr(got, name), getattr(want, name))
+            assert got.cursor == want.cursor
+            assert got.names == want.names
+            assert got.skipped == want.skipped
 
 
-def test_long_texts_are_cut_without_loss(c, tok, tmp_path):
-    """A text of 100 positions in packs of 40: pieces of 40, 40 and the rest; each token is a target once, but for the first."""
-    long = " ".join(["the ball is in the old garden."] * 13)
-    other = other_data(c, tmp_path, text=1.0)
-    write_recipe(other, "text", [document(text(long), recipe="text", name="text-0"), document(text("it is red"), name="text-1")], 1)
-    one, pieces = lane(other, tok), []
-    while len(pieces) < 4:
-        pieces += documents_of(one.pack())
-    whole, ids, labels = M.encode(document(text(long)), {}, tok), [], []
-    for name, i, l in pieces[:4]:                                        # noqa: E741
-        if name == "text-0" and len(ids) < len(whole.ids):
-            ids, labels = ids + i, labels + l
-    assert len(whole.ids) > 80 and (ids, labels) == (whole.ids, whole.labels)
-    assert one.cursor["recipes"]["text"]["fed"] == sum(len(i) for _, i, _ in pieces)
+LONG = {
+    "interleaved": [text("the "), speech("ball " * 9), text(" is red" * 20)],
+    "text": [text("the ball is red. " * 20)]}
 
 
-def test_speech_longer_than_a_pack_is_left_out_and_counted(c, tok, tmp_path):
-    other, none = (other_data(c, tmp_path / name, interleaved=1.0) for name in ("some", "none"))
-    long = document(text("the "), speech("ball " * 9), text(" is red" * 20), name="interleaved-0")
-    fits = [document(text("the "), speech("ball"), text(" is red"), name=f"interleaved-{i}") for i in (1, 2)]
-    write_recipe(other, "interleaved", [long, *fits], 1)
-    one = lane(other, tok)
+@pytest.mark.parametrize("recipe", LONG)
+def test_a_sample_longer_than_a_pack_is_left_out_and_counted(c, tok, tmp_path, recipe):
+    some = other_data(c, tmp_path / "some", **{recipe: 1.0})
+    long = document(*LONG[recipe], recipe=recipe, name="long")
+    short = [document(text("the "), speech("ball"), text(" is red"), recipe=recipe, name=f"short-{i}")
+             for i in (1, 2)]
+    write_recipe(some, recipe, [long, *short], shards=1)
+    one = lane(some, tok)
     packs = [one.pack() for _ in range(3)]
-    write_recipe(none, "interleaved", [long], 1)
-    with pytest.raises(M.UserError, match="Every sample of the recipe interleaved is longer than a pack .*train.pack_length"):
+    assert {name for pack in packs for name in pack.names} == {"short-1", "short-2"}
+    assert {name for pack in packs for name in pack.skipped} == {"long"}
+    skipped = sum(len(pack.skipped) for pack in packs)
+    assert packs[-1].cursor["recipes"][recipe]["epoch"] >= skipped - 1
+
+    none = other_data(c, tmp_path / "none", **{recipe: 1.0})
+    write_recipe(none, recipe, [long], shards=1)
+    sentence = f"Every sample of the recipe {recipe} is longer than a pack .*train.pack_length"
+    with pytest.raises(M.UserError, match=sentence):
         lane(none, tok).pack()
-    assert "interleaved-0" not in {name for p in packs for name in p.names} and {"interleaved-0"} == {n for p in packs for n in p.skipped}
-    assert packs[-1].cursor["recipes"]["interleaved"]["epoch"] >= sum(len(p.skipped) for p in packs) - 1
 
 
 def test_a_damaged_shard_stops_the_feed_with_its_name(c, tok, tmp_path):
     other = other_data(c, tmp_path)
-    for name in ("text", "interleaved", "tasks"):
-        write_recipe(other, name, [document(text(STORY), name=f"{name}-{i}") for i in range(8)], 1)
+    for name in RECIPES:
+        write_recipe(other, name, [document(text(STORY), name=f"{name}-{i}") for i in range(8)], shards=1)
     path = synth.shard_path(other, "text", "train", 0)
     data = bytearray(path.read_bytes())
     data[700:] = bytes(len(data) - 700)
     path.write_bytes(data)
-    with pytest.raises(M.UserError, match="damaged"):
-        feed = M.Feed(other, tok, "one", [0, 1, 2, 3], {}, False)
-        for _ in range(20):
-            feed.step()
+    feed = M.Feed(other, tok, M.Progress("one"), lanes=[0, 1, 2, 3])
+    problem = ""
+    for _ in range(20):
+        if not problem:
+            packs, problem = feed.next_packs()
+    assert packs == []
+    assert "damaged" in problem
+    assert str(path) in problem
+    assert problem.count("\n") == 0
 
 
-def test_one_batch_of_packs(c, tok):
-    """The documents of all packs, end to end, and nothing else."""
-    packs = [lane(c, tok, number).pack() for number in range(3)]
-    batch, whole = M.batch_of(packs), [document for p in packs for document in documents_of(p)]
-    cu, count = batch["cu_seqlens"].tolist(), len(whole)
-    assert sum(p.waste for p in packs) > 0 and len(cu) % 64 == 0
-    assert cu[:count + 1] == [0, *np.cumsum([len(ids) for _, ids, _ in whole])] and set(cu[count:]) == {len(batch["ids"])}
-    assert batch["ids"].tolist() == [i for _, ids, _ in whole for i in ids]
-    assert batch["labels"].tolist() == [label for _, _, labels in whole for label in labels]
-    assert batch["position_ids"].tolist() == [t for _, ids, _ in whole for t in range(len(ids))]
-    assert len(batch["waveforms"]) == sum(len(p.clip_samples) for p in packs)
-    assert int((batch["ids"] == tok.special["<|AUDIO|>"]).sum()) == sum(M.audio_positions(len(w)) for w in batch["waveforms"])
+@pytest.mark.parametrize("count", [1, 3, 60])
+def test_one_batch_of_packs(c, tok, count):
+    """The documents of all packs, end to end, and nothing else; of bounds there is a multiple of 64."""
+    lanes = [lane(c, tok, number) for number in range(4)]
+    packs = [lanes[i % 4].pack() for i in range(count)]
+    batch = M.batch_of(packs)
+    documents = [document for pack in packs for document in documents_of(pack)]
+    bounds = batch["cu_seqlens"].tolist()
+    ends = np.cumsum([len(ids) for _, ids, _ in documents])
+    assert batch["cu_seqlens"].dtype == torch.int32
+    assert len(bounds) % 64 == 0
+    assert len(bounds) - len(documents) in range(1, 65)
+    assert bounds[:len(documents) + 1] == [0, *ends]
+    assert set(bounds[len(documents):]) == {len(batch["ids"])}
+    assert count == 1 or sum(pack.waste for pack in packs) > 0
+    assert batch["ids"].tolist() == [i for _, ids, _ in documents for i in ids]
+    assert batch["labels"].tolist() == [label for _, _, labels in documents for label in labels]
+    assert batch["position_ids"].tolist() == [t for _, ids, _ in documents for t in range(len(ids))]
+    assert len(batch["waveforms"]) == sum(len(pack.clip_samples) for pack in packs)
+    heard = sum(M.audio_positions(len(waveform)) for waveform in batch["waveforms"])
+    assert int((batch["ids"] == tok.special["<|AUDIO|>"]).sum()) == heard
 
 
-# ---- 4. optimizers and rates ----
+@pytest.mark.parametrize("count, length", [(1, 64), (62, 64), (63, 64), (64, 128), (127, 128), (128, 192)])
+def test_bounds_of_so_many_documents(count, length):
+    """n documents have n + 1 bounds, and as many empty documents behind them as make a multiple of 64."""
+    one = M.Encoded("d", ids=[5, 6], labels=[6, M.IGNORE], clips=[], words=[])
+    pack = M.packed([one] * count, ctc=False, waste=0, skipped=[], cursor={})
+    bounds = M.batch_of([pack])["cu_seqlens"].tolist()
+    assert bounds == [*range(0, 2 * count + 1, 2), *[2 * count] * (length - count - 1)]
+    assert len(bounds) == length
 
-@pytest.fixture(scope="module")
-def model(c, tok):
-    """Random weights that are nowhere zero, so that answers differ."""
-    model, g = M.fresh_model(c, tok), torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        p.data += 0.2 * torch.randn(p.shape, generator=g) * p.requires_grad
-    return model.eval()
 
+# --------------------------------------------------------------------------------------------------
+# 4. Optimizers, rates, gradients
+# --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("frozen", [(), ("encoder",), ("encoder", "adapter"), ("llm",)])
 def test_every_trained_parameter_is_in_one_group(c, model, optimizer, frozen):
-    stage = replace(c.train.stages["one"], parts={"encoder": 0.5, "adapter": 10.0, "llm": 1.0} | dict.fromkeys(frozen, 0.0))
-    made = M.make_optimizers(replace(c, train=replace(c.train, optimizer=optimizer)), model, stage)
-    groups = [(type(o).__name__, group) for o in made for group in o.param_groups]
-    of = Counter(p for _, group in groups for p in group["params"])
-    named = {n: p for n, p in model.named_parameters() if M.part_of(n) not in frozen and "embed_positions" not in n}
-    assert set(of) == set(named.values()) and set(of.values()) == {1}
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(named)
-    kind = {p: (name, group) for name, group in groups for p in group["params"]}
-    for name, p in named.items():
-        inside = p.ndim == 2 and "embed" not in name and "lm_head" not in name
-        muon, rate = optimizer == "muon" and inside, stage.parts[M.part_of(name)]
-        assert kind[p][0] == ("Muon" if muon else "AdamW"), name
-        assert kind[p][1]["rate"] == rate * (stage.muon_lr if muon else stage.lr)
-        assert kind[p][1]["weight_decay"] == (c.train.weight_decay if p.ndim > 1 else 0.0), name
+    scales = {"encoder": 0.5, "adapter": 10.0, "llm": 1.0} | dict.fromkeys(frozen, 0.0)
+    c = with_train(with_stage(c, lr_scale=scales), optimizer=optimizer)
+    stage = c.train.stages.one
+    trained = {name: p for name, p in model.named_parameters()
+               if M.module_of(name) not in frozen and "embed_positions" not in name}
+    groups = {}                                  # of each parameter: the optimizer's name and the group
+    times = Counter()
+    for made in M.make_optimizers(c, model, stage):
+        for group in made.param_groups:
+            for p in group["params"]:
+                groups[p] = (type(made).__name__, group)
+                times[p] += 1
+    assert set(times) == set(trained.values())
+    assert set(times.values()) == {1}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(trained)
+    for name, p in trained.items():
+        kind, group = groups[p]
+        is_inner = p.ndim == 2 and "embed" not in name and "lm_head" not in name
+        is_muon = optimizer == "muon" and is_inner
+        rate = stage.muon_lr if is_muon else stage.lr
+        assert kind == ("Muon" if is_muon else "AdamW"), name
+        assert group["rate"] == scales[M.module_of(name)] * rate, name
+        assert group["weight_decay"] == (c.train.weight_decay if p.ndim > 1 else 0.0), name
     for p in model.parameters():
         p.requires_grad_(p is not model.audio_tower.embed_positions.weight)
 
 
-def test_rates():
+def test_rates(c):
     """Linear over `ramp` steps, times a cosine from 1 to `floor`."""
-    stage = synth.Stage(False, False, 100, None, {}, 4, 1.0, 1.0, {}, 10, 0.1)
-    at = [M.rate_at(stage, step, step / 100) for step in range(101)]
-    assert at[0] == pytest.approx(0.1) and at[4] == pytest.approx(0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.04)) / 2))
-    assert at[50] == pytest.approx(0.55) and at[100] == pytest.approx(0.1) and M.rate_at(stage, 500, 5.0) == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(at[10:], at[11:]))
-    assert M.Progress("one", 7, 30).share(stage) == 0.3
-    assert M.Progress("one", 7, 30, 500.0).share(replace(stage, steps=None, tokens=2000)) == 0.25
+    stage = with_stage(c, steps=100, ramp=10, floor=0.1).train.stages.one
+    rates = [M.rate_at(stage, step, step / 100) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[4] == pytest.approx(0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.04)) / 2))
+    assert rates[50] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
+    assert M.rate_at(stage, 500, 5.0) == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:]))
 
 
-def test_gradients_are_of_the_mean_over_targets(c, tok, model):
-    """However the packs are split over passes: the gradient of the mean loss over all supervised positions."""
-    packs = [lane(c, tok, number).pack() for number in range(4)]
-    targets, found = sum(p.supervised for p in packs), []
-    for at_once in (1, 3, 4):
+def test_how_much_of_a_stage_is_done(c):
+    by_steps = with_stage(c, steps=100).train.stages.one
+    by_tokens = with_stage(c, steps=None, tokens=2000).train.stages.one
+    assert M.Progress("one", step=7, stage_step=30).share(by_steps) == 0.3
+    assert M.Progress("one", step=7, stage_step=30, targets=500.0).share(by_tokens) == 0.25
+
+
+class GivenPacks(M.Feed):
+    """A feed that has these packs for a step."""
+
+    def __init__(self, packs: list[M.Pack]):
+        self.lanes = list(range(len(packs)))
+        self.packs = packs
+        self.waited = 0.0
+
+    def next_packs(self) -> tuple[list[M.Pack], str]:
+        return self.packs, ""
+
+
+class Recorder:
+    """An optimizer that changes nothing: it keeps the gradients with which it was asked to step."""
+
+    def __init__(self, model: M.InSerter):
+        self.model = model
+        self.param_groups = []
+
+    def step(self) -> None:
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters()
+                          if p.grad is not None}
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        self.model.zero_grad(set_to_none=set_to_none)
+
+
+@pytest.fixture
+def one_step(tok, model, tmp_path, monkeypatch):
+    """run(settings, packs) -> (logged loss per target, {parameter: gradient}) of one step of the loop."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(M, "evaluate", lambda *_: {})
+    monkeypatch.setattr(M, "save_run", lambda *_: None)
+
+    def run(c: Settings, packs: list[M.Pack]) -> tuple[float, dict[str, Tensor]]:
+        c = with_train(with_stage(c, steps=1), clip=1e9, log_every=1)
+        recorder = Recorder(model)
+        monkeypatch.setattr(M, "make_optimizers", lambda *_: [recorder])
+        monkeypatch.setattr(M, "Feed", lambda *_, **__: GivenPacks(packs))
+        log = M.run_folder(c) / "metrics.jsonl"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
         model.zero_grad()
-        loss = M.backward(replace(c, train=replace(c.train, packs_at_once=at_once)), model, packs, targets)
-        found.append((loss, model.multi_modal_projector.linear.weight.grad.clone()))
+        assert M.train_stage(c, model, tok, M.Progress("one"), {}, [])
+        row = json.loads(log.read_text().splitlines()[0])
+        assert row["targets"] == sum(pack.supervised for pack in packs)
+        return row["loss"], recorder.gradients
+
+    return run
+
+
+def test_gradients_are_of_the_mean_over_targets(c, tok, model, one_step):
+    """However the packs are split over passes: the gradient is that of the mean over all targets."""
+    packs = [lane(c, tok, number).pack() for number in range(4)]
     model.zero_grad()
-    mean = model.losses(**M.batch_of(packs), chunk=64).mean()
+    mean = M.next_token_losses(model, **M.batch_of(packs), chunk=64).mean()
     mean.backward()
-    for loss, grad in found:
-        assert loss == pytest.approx(mean.item() * targets, rel=1e-5)
-        torch.testing.assert_close(grad, model.multi_modal_projector.linear.weight.grad, rtol=1e-3, atol=1e-6)
-    model.zero_grad()
+    want = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for at_once in (1, 3, 4):
+        loss, gradients = one_step(with_train(c, packs_at_once=at_once), packs)
+        assert loss == pytest.approx(mean.item(), rel=1e-5)
+        assert gradients.keys() == want.keys()
+        name = "multi_modal_projector.linear.weight"
+        torch.testing.assert_close(gradients[name], want[name], rtol=1e-3, atol=1e-6)
 
 
-def test_a_ctc_stage_asks_for_the_words_heard(c, tok, model):
-    """Targets are the words of every clip, in lower case; encoder and adapter learn, the LLM is not even run."""
-    one = replace(c, train=replace(c.train, stages={"one": replace(c.train.stages["one"], ctc=True, mix={"interleaved": 1.0})}))
-    paths, said = sorted(Path(c.data).glob("interleaved/train-*.tar")), {}
-    for sample in (synth.read_sample(path, n)[0] for path in paths for n in range(synth.read_index(path)["count"])):
-        said[sample["id"]] = [re.findall(r"\w+", part["text"].lower()) for part in sample["parts"] if part["role"] == "speech"]
-    packs = [lane(one, tok, number).pack() for number in range(2)]
-    for p in packs:
-        assert [tok.decode(ids).split() for ids in p.words] == [words for name in p.names for words in said[name]]
-        assert len(p.words) == len(p.clip_samples)
-        assert p.supervised == sum(len(ids) for ids in p.words) > 0
-    model.zero_grad()
-    loss = M.backward(one, model, packs, sum(p.supervised for p in packs))
-    assert math.isfinite(loss) and loss > 0
-    touched = {M.part_of(name) for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert touched == {"encoder", "adapter", "llm"} and all(
-        p.grad is None for name, p in model.named_parameters() if ".layers." in name and M.part_of(name) == "llm")
-    model.zero_grad()
+def test_a_ctc_stage_asks_for_the_words_heard(c, tok, model, one_step):
+    """Targets are the words of every clip, in lower case; encoder and adapter learn, the LLM is not run."""
+    c = with_stage(c, ctc=True, mix={"interleaved": 1.0})
+    spoken = {}                                  # the words of each sample's clips
+    for path in sorted(Path(c.data).glob("interleaved/train-*.tar")):
+        for number in range(synth.read_index(path)["count"]):
+            sample, _ = synth.read_sample(path, number)
+            spoken[sample["id"]] = [re.findall(r"\w+", part["text"].lower()) for part in sample["parts"]
+                                    if part["role"] == "speech"]
+    packs = [lane(c, tok, number).pack() for number in range(2)]
+    for pack in packs:
+        asked = [tok.decode(ids).split() for ids in pack.words]
+        assert asked == [words for name in pack.names for words in spoken[name]]
+        assert len(pack.words) == len(pack.clip_samples)
+        assert pack.supervised == sum(len(ids) for ids in pack.words) > 0
+    loss, gradients = one_step(c, packs)
+    assert math.isfinite(loss)
+    assert loss > 0
+    touched = {M.module_of(name) for name, gradient in gradients.items() if gradient.abs().sum() > 0}
+    assert touched == {"encoder", "adapter", "llm"}
+    blocks = [name for name, _ in model.named_parameters()
+              if M.module_of(name) == "llm" and ".layers." in name]
+    assert blocks
+    assert not gradients.keys() & set(blocks)
 
 
-# ---- 5. answers ----
+# --------------------------------------------------------------------------------------------------
+# 5. Answers
+# --------------------------------------------------------------------------------------------------
 
 def test_answers_do_not_depend_on_the_batch(tok, model):
-    questions = ["where is the ball?", noise(3000, 1), "it", noise(16000, 2), "say yes, the ball is in the old garden", noise(700, 3)]
-    alone = [M.answer(model, tok, [q], 8, 1)[0] for q in questions]
-    assert M.answer(model, tok, questions, 8, 4) == alone and len({text for text, _ in alone}) > 2
-    assert all(isinstance(text, str) and "<|" not in text.replace("<|endoftext|>", "").replace("<|im_start|>", "") for text, _ in alone)
-    heard = [q for q in questions if not isinstance(q, str)]
-    assert M.transcribe(model, tok, heard, 8, 4) == [M.transcribe(model, tok, [q], 8, 1)[0] for q in heard]
+    questions = [
+        "where is the ball?",
+        noise(3000, 1),
+        "it",
+        noise(16000, 2),
+        "say yes, the ball is in the old garden",
+        noise(700, 3)]
+    alone = [M.answer(model, tok, [question], 8, 1)[0] for question in questions]
+    assert M.answer(model, tok, questions, 8, 4) == alone
+    assert len({reply for reply, _ in alone}) > 2
+    for reply, _ in alone:
+        assert isinstance(reply, str)
+        assert "<|" not in reply.replace("<|endoftext|>", "").replace("<|im_start|>", "")
+    heard = [question for question in questions if not isinstance(question, str)]
+    one_by_one = [M.transcribe(model, tok, [waveform], 8, 1)[0] for waveform in heard]
+    assert M.transcribe(model, tok, heard, 8, 4) == one_by_one
 
 
-def tone(seconds, rate):
+def tone(seconds: float, rate: int) -> np.ndarray:
     return 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)
 
 
@@ -455,11 +753,13 @@ def tone(seconds, rate):
 @pytest.mark.parametrize("name", ["q.wav", "q.flac"])
 def test_any_rate_and_channel_count_can_be_asked(tmp_path, rate, name):
     """The same tone comes out, at 16 kHz, one channel: the mean of them."""
-    stereo = np.stack([2 * tone(1.0, rate), np.zeros(rate)], 1)[:, :1 + (rate != 16000)]
-    soundfile.write(tmp_path / name, stereo * (0.5 if rate == 16000 else 0.9), rate)
+    is_mono = rate == 16000
+    channels = [tone(1.0, rate)] if is_mono else [0.9 * 2 * tone(1.0, rate), np.zeros(rate)]
+    soundfile.write(tmp_path / name, np.stack(channels, 1), rate)
     heard = M.read_audio(str(tmp_path / name))
-    assert heard.dtype == np.float32 and heard.shape == (16000,)
-    want = tone(1.0, 16000) * (1.0 if rate == 16000 else 0.9)
+    assert heard.dtype == np.float32
+    assert heard.shape == (16000,)
+    want = tone(1.0, 16000) * (1.0 if is_mono else 0.9)
     assert np.abs(heard - want)[400:-400].max() < 0.01
 
 
@@ -467,7 +767,8 @@ def test_any_rate_and_channel_count_can_be_asked(tmp_path, rate, name):
     (lambda path: soundfile.write(path, np.zeros(0), 16000), "lasts 0.00 s"),
     (lambda path: soundfile.write(path, np.zeros(0), 8000), "lasts 0.00 s"),
     (lambda path: soundfile.write(path, tone(0.01, 16000), 16000), "lasts 0.01 s"),
-    (lambda path: soundfile.write(path, tone(31, 8000), 8000), "lasts 31.00 s; a question lasts from 0.03 to 30 s"),
+    (lambda path: soundfile.write(path, tone(31, 8000), 8000),
+     "lasts 31.00 s; a question lasts from 0.03 to 30 s"),
     (lambda path: soundfile.write(path, np.zeros(16000), 16000), "is silent"),
     (lambda path: soundfile.write(path, np.full(16000, np.nan), 16000, subtype="FLOAT"), "is silent"),
     (lambda path: path.write_bytes(b""), "cannot be read as audio"),
@@ -477,13 +778,67 @@ def test_what_cannot_be_heard_is_one_sentence(tmp_path, content, says):
     content(tmp_path / "q.wav")
     with pytest.raises(M.UserError, match=says) as error:
         M.read_audio(str(tmp_path / "q.wav"))
-    assert "q.wav" in str(error.value) and "\n" not in str(error.value)
+    assert "q.wav" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
-# ---- 6. the gap curve ----
+# --------------------------------------------------------------------------------------------------
+# 6. The gap curve
+# --------------------------------------------------------------------------------------------------
 
 def test_after_speech_keeps_loss_behind_the_first_speech_only():
     sample = document(text("the "), speech("ball"), text(" is "), speech("red", "01.flac"), text("."))
     kept, characters = M.after_speech(sample)
-    assert [p["loss"] for p in kept["parts"] if p["role"] == "text"] == [False, True, True] and characters == len(" is .")
+    assert [part["loss"] for part in kept["parts"] if part["role"] == "text"] == [False, True, True]
+    assert characters == len(" is .")
     assert sample["parts"][0]["loss"], "the sample itself stays"
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. Preview
+# --------------------------------------------------------------------------------------------------
+
+def test_preview_is_one_page_that_needs_nothing_else(small_data, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "data"
+    shutil.copytree(synth.load_config(small_data).data, folder)
+    monkeypatch.chdir(tmp_path)
+    M.main([*SMALL, f"data={folder}", "preview=8"])
+    assert capsys.readouterr().out == "preview.html is written; open it in a browser.\n"
+    page = (tmp_path / "preview.html").read_text()
+    assert "http" not in page
+    assert "\\" not in page
+    assert not re.search(r'src="(?!data:audio/flac;base64,)', page)
+    wanted = [(recipe, number) for number in (0, 1) for recipe in ("interleaved", "tasks", "text", "chat")]
+    assert re.findall("<h2>(.*?)</h2>", page) == [f"{recipe}-train-00000{n}" for recipe, n in wanted]
+    clips = []
+    for recipe, number in wanted:
+        _, files = synth.read_sample(folder / recipe / "train-000000.tar", number)
+        clips += files.values()
+    assert [base64.b64decode(data, validate=True) for data in re.findall("base64,([^\"]*)", page)] == clips
+
+
+def test_preview_shows_tokens_and_targets(small_data, tmp_path, monkeypatch):
+    """Of a speech task: what is heard, what is asked, what is to be answered."""
+    folder = tmp_path / "data"
+    shutil.copytree(synth.load_config(small_data).data, folder)
+    monkeypatch.chdir(tmp_path)
+    M.preview(synth.load_config([*SMALL, f"data={folder}", "preview=2"]))
+    page = (tmp_path / "preview.html").read_text()
+    section = page.split("<h2>tasks-train-000000</h2>")[1].split("</section>")[0]
+    tokens = re.findall(r'<code class="(loss)?">(.*?)</code>(?:× (\d+))?', section)
+    sample, files = synth.read_sample(folder / "tasks" / "train-000000.tar", 0)
+    samples = len(synth.decode_flac(files["00.flac"]))
+    positions = ((-(-samples // 160) - 1) // 2 + 1) // 2
+    heard = [words for _, words, _ in tokens[:3]]
+    assert heard == ["&lt;|audio_bos|&gt;", "&lt;|AUDIO|&gt;", "&lt;|audio_eos|&gt;"]
+    assert int(tokens[1][2]) == positions
+    assert not any(loss for loss, _, _ in tokens[:4])
+    targets = [words for loss, words, _ in tokens if loss]
+    assert "".join(targets) == sample["parts"][2]["text"] + "&lt;|endoftext|&gt;"
+    assert f"{len(tokens) - 1 + positions} positions, {len(targets)} targets" in section
+
+
+def test_preview_without_shards_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(M.UserError, match="no shards in data to preview; run synth.py first"):
+        M.main([*SMALL, "data=data", "preview=8"])
