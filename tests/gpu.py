@@ -660,7 +660,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def measure_ours(model: M.InSerter, packs: list[M.Pack], checkpointing: bool, compiled: bool) -> dict:
-    model.checkpoint_blocks = checkpointing
+    model.recompute = checkpointing
     if compiled:
         for block in [*model.audio_tower.layers, *model.language_model.model.layers]:
             block.compile(backend="eager" if DRY else "inductor")

@@ -493,7 +493,7 @@ def counted_flops(samples: int, text: int, supervised: int) -> float:
         cu_seqlens=[0, heard + text],
         audio=None,
         clip_samples=[samples] if samples else [],
-        words=None,
+        word_ids=None,
         names=[],
         supervised=supervised,
         waste=9,

@@ -570,7 +570,7 @@ def test_one_batch_of_packs(c, tok, count):
 @pytest.mark.parametrize("count, length", [(1, 64), (62, 64), (63, 64), (64, 128), (127, 128), (128, 192)])
 def test_bounds_of_so_many_documents(count, length):
     """n documents have n + 1 bounds, and as many empty documents behind them as make a multiple of 64."""
-    one = M.Encoded("d", ids=[5, 6], labels=[6, M.IGNORE], clips=[], words=[])
+    one = M.Encoded("d", ids=[5, 6], labels=[6, M.IGNORE], clips=[], word_ids=[])
     pack = M.packed([one] * count, ctc=False, waste=0, skipped=[], cursor={})
     bounds = M.batch_of([pack])["cu_seqlens"].tolist()
     assert bounds == [*range(0, 2 * count + 1, 2), *[2 * count] * (length - count - 1)]
@@ -605,7 +605,7 @@ def test_every_trained_parameter_is_in_one_group(c, model, optimizer, frozen):
         is_muon = optimizer == "muon" and is_inner
         rate = stage.muon_lr if is_muon else stage.lr
         assert kind == ("Muon" if is_muon else "AdamW"), name
-        assert group["rate"] == scales[M.module_of(name)] * rate, name
+        assert group["base_lr"] == scales[M.module_of(name)] * rate, name
         assert group["weight_decay"] == (c.train.weight_decay if p.ndim > 1 else 0.0), name
     for p in model.parameters():
         p.requires_grad_(p is not model.audio_tower.embed_positions.weight)
@@ -614,12 +614,12 @@ def test_every_trained_parameter_is_in_one_group(c, model, optimizer, frozen):
 def test_rates(c):
     """Linear over `ramp` steps, times a cosine from 1 to `floor`."""
     stage = with_stage(c, steps=100, ramp=10, floor=0.1).train.stages.one
-    rates = [M.rate_at(stage, step, step / 100) for step in range(101)]
+    rates = [M.lr_factor(stage, step, step / 100) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[4] == pytest.approx(0.5 * (0.1 + 0.9 * (1 + math.cos(math.pi * 0.04)) / 2))
     assert rates[50] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
-    assert M.rate_at(stage, 500, 5.0) == pytest.approx(0.1)
+    assert M.lr_factor(stage, 500, 5.0) == pytest.approx(0.1)
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
 
 
@@ -707,10 +707,10 @@ def test_a_ctc_stage_asks_for_the_words_heard(c, tok, model, one_step):
                                     if part["role"] == "speech"]
     packs = [lane(c, tok, number).pack() for number in range(2)]
     for pack in packs:
-        asked = [tok.decode(ids).split() for ids in pack.words]
+        asked = [tok.decode(ids).split() for ids in pack.word_ids]
         assert asked == [words for name in pack.names for words in spoken[name]]
-        assert len(pack.words) == len(pack.clip_samples)
-        assert pack.supervised == sum(len(ids) for ids in pack.words) > 0
+        assert len(pack.word_ids) == len(pack.clip_samples)
+        assert pack.supervised == sum(len(ids) for ids in pack.word_ids) > 0
     loss, gradients = one_step(c, packs)
     assert math.isfinite(loss)
     assert loss > 0

@@ -604,10 +604,10 @@ def gradients(model: M.InSerter, chunk: int, with_clips: bool = True,
         ids = ids % TEXT
         clips = []
     model.zero_grad()
-    model.checkpoint_blocks = recompute
+    model.recompute = recompute
     loss = model(ids, labels, position_ids, cu_seqlens, clips, chunk)
     loss.backward()
-    model.checkpoint_blocks = False
+    model.recompute = False
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return loss.detach(), {name: p.grad.clone() for name, p in trained.items()}
 
@@ -678,7 +678,7 @@ def test_word_loss_is_the_sum_over_all_alignments():
         assert float(M.word_loss(model, clips, words)) == pytest.approx(nats, rel=1e-5)
         too_many = [[5] * 40]                # more words than vectors: left out
         assert float(M.word_loss(model, clips[:1], too_many)) == 0
-        no_clips = model(*[None] * 4, waveforms=[], chunk=64, words=[])
+        no_clips = model(*[None] * 4, waveforms=[], chunk=64, word_ids=[])
         assert math.isfinite(float(no_clips))
 
 
