@@ -1327,9 +1327,9 @@ def read_checkpoint(source: str | Path, model_type: str,
         model, report = model_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
                                                     output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: model.safetensors is missing or damaged ({type(error).__name__}), or a file "
-                        f"of its index; {REMEDY}.") from None
-    for name in sorted(report["unexpected_keys"] - {"proj_out.weight"}):     # a Whisper's head, not its encoder
+        raise UserError(f"{folder}: model.safetensors is missing or damaged ({type(error).__name__}), or one "
+                        f"of its index's files; {REMEDY}.") from None
+    for name in sorted(report["unexpected_keys"] - {"proj_out.weight"}):     # which is a Whisper's own head
         raise UserError(f"{folder}: its config.json and its weights disagree at {name}, for which the model "
                         f"has no place; {REMEDY}.")
     lacking = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}

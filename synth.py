@@ -1372,12 +1372,20 @@ def put(raw: dict, key: str, value: Argument) -> None:
 
 
 def inherit_stage(raw: dict) -> None:
-    """A stage has the values of train.stage where it says nothing else."""
+    """A stage has the values of train.stage where it says nothing else, also on the command line."""
     match raw:
-        case {"train": {"stage": dict(stage), "stages": dict(stages)}}:
-            for name, own in stages.items():
-                if isinstance(own, dict):
-                    stages[name] = overlay(stage, own)
+        case {"train": {"stage": dict(stage), "stages": stages}}:
+            stages = parsed(stages, "train.stages")
+            if isinstance(stages, dict):
+                for name, own in stages.items():
+                    own = parsed(own, f"train.stages.{name}")
+                    stages[name] = overlay(stage, own) if isinstance(own, dict) else own
+            raw["train"]["stages"] = stages
+
+
+def parsed(value: object, key: str) -> object:
+    """A value of the command line as YAML; others as they are."""
+    return read_yaml(value, f"{key}={value}") if isinstance(value, Argument) else value
 
 
 def overlay(base: dict, over: dict) -> dict:
@@ -1441,7 +1449,7 @@ class Schema:
         if isinstance(value, Argument):
             source = "the command line"
             wants_text = isinstance(default, str) or (default is None and declared is str and value != "null")
-            value = str(value) if wants_text else read_yaml(value, f"{key}={value}")
+            value = str(value) if wants_text else parsed(value, key)
         if isinstance(default, dict):
             return self.settle_map(default, value, key, source)
         if default is None:

@@ -591,6 +591,7 @@ def test_every_trained_parameter_is_in_one_group(c, model, optimizer, frozen):
                if M.module_of(name) not in frozen and "embed_positions" not in name}
     groups = {}                                  # of each parameter: the optimizer's name and the group
     times = Counter()
+    assert set(M.freeze(model, stage)) == set(trained.values())
     for made in M.make_optimizers(c, model, stage):
         for group in made.param_groups:
             for p in group["params"]:
