@@ -85,9 +85,25 @@ from synth import RATE, UserError
 # --------------------------------------------------------------------------------------------------
 
 CONDITIONS = ("standard", "background noise", "accent", "paralinguistic", "disfluency")
+
+# Floors show what is reached without hearing the prompt: by a model that is fed silence, and by the answer of
+# the training prompt whose words are nearest. A third needs no rows: the answers against other prompts' checks.
 SILENCE = "floor: silence"
 NEAREST = "floor: nearest training prompt"
 FLOORS = (SILENCE, NEAREST)
+
+# The figures that the tiny suite's table shows, the headline first; those of suite=closed; those of the
+# suites that a judge scores, and what he is asked of an adjustment row.
+SHOWN = {
+    "closed": ["strict-prompt"],
+    "adjustment": ["IAR", "ECR"],
+    "open": ["open-score", "strict-prompt"],
+    "transcription": ["WER"],
+}
+METRICS = ("strict-prompt", "strict-instruction", "loose-prompt", "loose-instruction", "mean-prompt",
+           "mean-instruction")
+METRICS_OF_VOTES = {"open": ("prompt", "instruction"), "adjustment": ("IAR", "ECR")}
+JUDGED = ("follow_after_adjust", "after_adjust_content_correct", "follow_before_adjust")
 
 
 def mode(row: dict) -> str:
@@ -480,7 +496,7 @@ def strict_and_loose(response: str, checks: dict, rules: str) -> dict[str, list[
         judged.append(follows(text, checks, rules))
         if all(judged[-1]):            # the others cannot change that, and telling a language is slow
             break
-    loose = [None if None in column else any(column) for column in zip(*judged)]
+    loose = [None if None in on_one else any(on_one) for on_one in zip(*judged)]
     return {"strict": judged[0], "loose": loose}
 
 
@@ -545,10 +561,10 @@ def majority(row: dict, suite: str, official: bool) -> dict:
     votes = [vote for vote in votes if len(vote) == length]
     decided = []
     ties = 0
-    for column in zip(*votes):         # the votes on one question
-        tie = 2 * sum(column) == len(votes)
+    for on_one in zip(*votes):         # the votes on one question
+        tie = 2 * sum(on_one) == len(votes)
         ties += tie
-        decided.append(column[0] if tie and official else 2 * sum(column) > len(votes))
+        decided.append(on_one[0] if tie and official else 2 * sum(on_one) > len(votes))
     return {"majority": decided, "votes": len(cast), "malformed": len(cast) - len(votes), "ties": ties}
 
 
@@ -614,7 +630,7 @@ def contributions(row: dict, suite: str = "tiny") -> Counts:
     return counts
 
 
-def levels(verdicts: list[bool | None]) -> tuple[Count, Count]:
+def levels(judged: list[bool | None]) -> tuple[Count, Count]:
     """What a row's verdicts add to prompt-level and to instruction-level accuracy.
 
     A verdict of None leaves the instructions, and its row the prompts.
@@ -622,8 +638,8 @@ def levels(verdicts: list[bool | None]) -> tuple[Count, Count]:
     >>> levels([True, False]), levels([True, None])
     (((False, 1), (1, 2)), ((0, 0), (1, 1)))
     """
-    known = [followed for followed in verdicts if followed is not None]
-    prompt = (all(known), 1) if len(known) == len(verdicts) else (0, 0)
+    known = [followed for followed in judged if followed is not None]
+    prompt = (all(known), 1) if len(known) == len(judged) else (0, 0)
     return prompt, (sum(known), len(known))
 
 
@@ -1689,12 +1705,6 @@ ARGUMENTS = dict.fromkeys(("forbidden_words", "keywords", "words"), list) | dict
     """capital_frequency count frequency let_frequency nth_paragraph num_bullets num_highlights num_paragraphs
     num_placeholders num_sections num_sentences num_words""".split(), int)
 
-# The figures of suite=closed, and of the suites that a judge scores; what he is asked of an adjustment row.
-METRICS = ("strict-prompt", "strict-instruction", "loose-prompt", "loose-instruction", "mean-prompt",
-           "mean-instruction")
-METRICS_OF_VOTES = {"open": ("prompt", "instruction"), "adjustment": ("IAR", "ECR")}
-JUDGED = ("follow_after_adjust", "after_adjust_content_correct", "follow_before_adjust")
-
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.",
            "我的答案是是的。", "我的答案是不是。", "我的答案是可能。")
 CHINESE = "[\u4e00-\u9fff]"
@@ -1742,13 +1752,7 @@ STYLES = {
     "slow": {"rate": (85, 105), "pitch": (30, 70)},
 }
 
-# The tiny suite's table, and the figures it shows, the headline first
-SHOWN = {
-    "closed": ["strict-prompt"],
-    "adjustment": ["IAR", "ECR"],
-    "open": ["open-score", "strict-prompt"],
-    "transcription": ["WER"],
-}
+# The tiny suite's table
 COLUMNS = ("condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap", "other prompts",
            "silence", "nearest")
 WARNING = ("Tiny-suite figures: made by a toy world and its rules, never to stand beside published "
