@@ -87,7 +87,7 @@ from synth import RATE, UserError
 CONDITIONS = ("standard", "background noise", "accent", "paralinguistic", "disfluency")
 
 # Floors show what is reached without hearing the prompt: by a model that is fed silence, and by the answer of
-# the training prompt whose words are nearest. A third needs no rows: the answers against other prompts' checks.
+# the training prompt whose words are nearest. A third needs no rows: answers against others' checks.
 SILENCE = "floor: silence"
 NEAREST = "floor: nearest training prompt"
 FLOORS = (SILENCE, NEAREST)

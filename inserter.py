@@ -2051,8 +2051,8 @@ def say(line: str) -> None:
 # --------------------------------------------------------------------------------------------------
 # 11. The log: console, metrics.jsonl, curves
 #
-# Every log_every steps a row of metrics.jsonl says what happened since: loss, gradient norm, speed, waste. Points
-# of the gap curve stand between them, {"eval": {…}}; curves.png is drawn from both when the run ends.
+# Every log_every steps a row of metrics.jsonl says what happened since: loss, gradient norm, speed, waste.
+# Points of the gap curve stand between them, {"eval": {…}}; curves.png is drawn from both when the run ends.
 # --------------------------------------------------------------------------------------------------
 
 PEAK_FLOPS = 989e12       # dense bfloat16 operations per second of an H100 or H200: the log's MFU is of these

@@ -1,6 +1,6 @@
 """One training sample on its way through the code: parts, ids, labels, shapes. The README shows this output.
 
-    python tests/trace.py [sample=interleaved-train-000001] [key=value …]
+    python tests/trace.py [sample=interleaved-train-000055] [key=value …]
 """
 import sys
 from pathlib import Path
@@ -13,7 +13,8 @@ import inserter                              # noqa: E402
 import synth                                 # noqa: E402
 from synth import Settings                   # noqa: E402
 
-DEFAULT = "interleaved-train-000001"
+DEFAULT = "interleaved-train-000055"
+WIDTH = 104                                  # columns of the ids
 
 
 def find(c: Settings, wanted: str) -> tuple[Path, int]:
@@ -37,19 +38,25 @@ def show_parts(sample: dict) -> None:
 
 
 def show_ids(encoded: inserter.Encoded, tok: inserter.Tokenizer) -> None:
-    """A line for each position; of a clip's <|AUDIO|> only the first and the last."""
-    print(f"\n{'position':>8}  {'id':>5}  {'token':<18} label (the next token, where it carries loss)")
-    audio = tok.special[inserter.AUDIO]
-    skipped = 0
-    for t, (i, label) in enumerate(zip(encoded.ids, encoded.labels)):
-        if i == audio and encoded.ids[t - 1] == audio and encoded.ids[t + 1] == audio:
-            skipped += 1
-            continue
-        if skipped:
-            print(f"{'…':>8}  {audio:>5}  {skipped} more <|AUDIO|>")
-            skipped = 0
-        shown = "-" if label == inserter.IGNORE else f"{label} {tok.decode([label])!r}"
-        print(f"{t:>8}  {i:>5}  {tok.decode([i])!r:<18} {shown}")
+    """Under each id its label, - for none; a clip's <|AUDIO|> in one column."""
+    columns: list[list[str]] = []
+    for i, label in zip(encoded.ids, encoded.labels):
+        token = tok.decode([i]).strip() or "⏎"
+        target = "-" if label == inserter.IGNORE else tok.decode([label]).strip() or "⏎"
+        if columns and token == inserter.AUDIO and columns[-1][0].startswith(token):
+            columns[-1][2] += 1
+        else:
+            columns.append([token, target, 1])
+    cells = [(f"{token} x {times}" if times > 1 else token, target) for token, target, times in columns]
+    lines = [["ids   ", "labels"]]
+    for token, target in cells:
+        width = max(len(token), len(target))
+        if len(lines[-1][0]) + 1 + width > WIDTH:
+            lines.append(["      ", "      "])
+        lines[-1][0] += " " + token.ljust(width)
+        lines[-1][1] += " " + target.ljust(width)
+    for ids, labels in lines:
+        print(f"  {ids.rstrip()}\n  {labels.rstrip()}")
 
 
 def show_shapes(model: inserter.InSerter, encoded: inserter.Encoded) -> None:
@@ -63,14 +70,13 @@ def show_shapes(model: inserter.InSerter, encoded: inserter.Encoded) -> None:
     hidden = model.hidden(ids, torch.arange(len(ids)), bounds, clips)
     targets = sum(label != inserter.IGNORE for label in encoded.labels)
     logits = (targets, model.config.text_config.vocab_size)
-    print("\nshapes, all clips of the sample end to end")
-    print(f"  waveforms                 {samples} samples at 16 kHz")
-    print(f"  log-mel frames            {tuple(mel.shape)}   100 a second, two more per clip as context")
-    print(f"  after both convolutions   {tuple(encoder.convolutions(mel, samples).shape)}   50 a second")
-    print(f"  encoder, pooled by 2      {tuple(pooled.shape)}   25 a second: one per <|AUDIO|>")
-    print(f"  adapter                   {tuple(model.hear(clips).shape)}")
-    print(f"  LLM hidden states         {tuple(hidden.shape)}   one per position")
-    print(f"  logits                    {logits}   at the labelled positions only")
+    print(f"  waveforms                {samples} samples at 16 kHz")
+    print(f"  log-mel frames           {tuple(mel.shape)}   100 a second, two more per clip as context")
+    print(f"  after both convolutions  {tuple(encoder.convolutions(mel, samples).shape)}   50 a second")
+    print(f"  encoder, pooled by 2     {tuple(pooled.shape)}   25 a second: one per <|AUDIO|>")
+    print(f"  adapter                  {tuple(model.hear(clips).shape)}")
+    print(f"  LLM                      {tuple(hidden.shape)}   one per position")
+    print(f"  logits                   {logits}   at the labelled positions only")
 
 
 def main(arguments: list[str]) -> None:
