@@ -705,9 +705,9 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
         #    change.
         norm = float(nn.utils.clip_grad_norm_(trained, c.train.clip))
         if not math.isfinite(norm):
-            names = [name for names in gather([n for pack in packs for n in pack.names]) for name in names]
+            names = gather([name for pack in packs for name in pack.names])
             raise UserError(f"The loss or its gradient is not finite at step {progress.step + 1}; nothing "
-                            f"was changed by it. Samples: {', '.join(names)}.")
+                            f"was changed by it. Samples: {', '.join(sum(names, []))}.")
 
         # 4. Step.
         factor = lr_factor(stage, progress.stage_step, progress.share(stage))
