@@ -1471,7 +1471,7 @@ def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_i
         rows = []                                                       # those that go on
         for row, token in enumerate(tokens.tolist()):
             prompt = present[row]
-            running[prompt] = token not in stop_ids
+            running[prompt] = running[prompt] and token not in stop_ids
             if running[prompt]:
                 answers[prompt].append(token)
                 rows.append(row)
