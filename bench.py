@@ -92,17 +92,18 @@ SILENCE = "floor: silence"
 NEAREST = "floor: nearest training prompt"
 FLOORS = (SILENCE, NEAREST)
 
-# The figures that the tiny suite's table shows, the headline first; those of suite=closed; those of the
-# suites that a judge scores, and what he is asked of an adjustment row.
+# What the tiny suite's table shows of its rows, by their field `suite`; the headline stands first.
 SHOWN = {
     "closed": ["strict-prompt"],
     "adjustment": ["IAR", "ECR"],
     "open": ["open-score", "strict-prompt"],
     "transcription": ["WER"],
 }
+# The figures of SpeechInstructBench itself: of suite=closed, and of the suites that a judge scores.
 METRICS = ("strict-prompt", "strict-instruction", "loose-prompt", "loose-instruction", "mean-prompt",
            "mean-instruction")
 METRICS_OF_VOTES = {"open": ("prompt", "instruction"), "adjustment": ("IAR", "ECR")}
+# What a judge is asked of an adjustment row.
 JUDGED = ("follow_after_adjust", "after_adjust_content_correct", "follow_before_adjust")
 
 
@@ -633,7 +634,7 @@ def contributions(row: dict, suite: str = "tiny") -> Counts:
 def levels(judged: list[bool | None]) -> tuple[Count, Count]:
     """What a row's verdicts add to prompt-level and to instruction-level accuracy.
 
-    A verdict of None leaves the instructions, and its row the prompts.
+    A verdict of None is left out of the instructions, and its row of the prompts.
 
     >>> levels([True, False]), levels([True, None])
     (((False, 1), (1, 2)), ((0, 0), (1, 1)))

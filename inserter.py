@@ -22,8 +22,8 @@ Samples are packed end to end, without padding; attention stays inside a sample 
     python inserter.py ask="what colour is the sun"       or a typed one
 
 Legend  T positions of a pack   d width   Hq, Hkv query and key-value heads   D head size   V vocabulary
-        N, F, L  frames, frames kept as context, convolution outputs of one clip   G packs of a step
-        B prompts being answered
+        N, F, L  frames of a clip, frames computed of it (N and two of context), convolution outputs
+        G packs of a step   B prompts being answered
 """
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ class Encoder(nn.Module):
         _, position = ragged(lengths)
         x = x + self.embed_positions(position.to(device, non_blocking=True))
         starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-        x = F.pad(x, (0, 0, 0, -len(x) % 16))             # a clip that nobody hears fills up, see batch_of
+        x = F.pad(x, (0, 0, 0, -len(x) % 16))             # one more clip, heard by nobody: see batch_of
         attend = packed_attention(F.pad(starts, (0, 1), value=len(x)), False, x, self.head_size)
         x = run_blocks(self.layers, x, recompute, attend)
         owner, pair = ragged(lengths // 2)            # pooled inside each clip; an odd last output is dropped
@@ -621,8 +621,9 @@ def next_token_losses(model: InSerter, ids: Tensor, labels: Tensor, position_ids
 def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]]) -> Tensor:
     """Summed nats of each clip's words (their tokens) by CTC (Graves et al. 2006). <|AUDIO|> is the blank.
 
-    Encoder, adapter and the LLM without its blocks say, vector by vector, which word they hear, so that a
-    word heard comes to lie near the same word read. A clip with more tokens than vectors counts nothing.
+    Encoder, adapter and the LLM without its blocks say, vector by vector, which word they hear. The LM head
+    is the embedding matrix, so a word heard comes to lie near the same word read. A clip with more tokens
+    than vectors adds nothing.
     """
     heard = model.language_model.model.norm(model.hear(waveforms))
     lengths = [audio_positions(len(w)) for w in waveforms]
@@ -637,8 +638,9 @@ def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]
 # --------------------------------------------------------------------------------------------------
 # 4. Training: the loop
 #
-# A stage trains on a mix of recipes for a number of steps. What it reads from comes later: `Feed` gives
-# packs (section 5), `evaluate` a point of the gap curve (9), `save_run` and `Log` keep it all (10).
+# A run is a few stages, each on its own mix of recipes; `train` (section 10) calls `train_stage` for each in
+# turn. `Feed` reads the packs (5), `evaluate` gives a point of the gap curve (9), `save_run` writes the state
+# from which a stopped run continues (10), `Log` the log (11).
 # --------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
@@ -687,10 +689,11 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
         totals = sum_over_ranks(counts)
         if totals["problems"]:
             raise UserError(next(filter(None, gather(problem))))
-        stop = totals["stop"] > 0            # after this step, which the cursors already count
+        stop = totals["stop"] > 0            # after this step: its packs are taken, so they are trained on
 
-        # 2. Forward and backward. The gradient is that of the mean over all ranks' targets: DDP averages over
-        #    ranks, so each divides its own sum by targets / world. Ranks meet in the last pass only.
+        # 2. Forward and backward. The gradient is that of the mean over all ranks' targets. DDP averages over
+        #    ranks, so each divides its own sum by targets / world: of sums 6 and 4 over 5 targets it makes
+        #    (6 * 2/5 + 4 * 2/5) / 2 = 10/5. Ranks meet in the last pass only.
         loss_sum = torch.zeros((), device=device_here())
         micro_batches = list(batches(packs, c.train.packs_at_once))
         for micro_batch in micro_batches:
@@ -879,15 +882,16 @@ class Recipe:
 class Reader:
     """One lane's way through a recipe. `open` are the documents that wait to be packed, the oldest first.
 
-    Its cursor {"epoch": 0, "index": 12, "open": [[0, 9], [0, 11]], "fed": 3402} says: twelve of the lane's
-    samples have been read in the first epoch, the tenth and twelfth wait, 3,402 positions have been packed.
+    Its cursor {"epoch": 0, "index": 12, "open": [[0, 9], [0, 11]], "fed": 3402} says: of the lane's samples
+    twelve have been read in the first epoch, the tenth and the twelfth wait (open_documents is 2 here), and
+    3,402 positions have been packed.
     """
 
-    def __init__(self, c: Settings, tok: Tokenizer, recipe: Recipe, lane: int, lanes: int, cursor: dict):
+    def __init__(self, c: Settings, tok: Tokenizer, recipe: Recipe, lane: int, lane_count: int, cursor: dict):
         self.tok = tok
         self.recipe = recipe
         self.lane = lane
-        self.lanes = lanes
+        self.lane_count = lane_count
         self.length = c.train.pack_length
         self.most_open = c.train.open_documents
         self.cursor = cursor
@@ -898,7 +902,7 @@ class Reader:
 
         Where there are more lanes than samples, lanes share.
         """
-        return self.lane % self.recipe.total + index * self.lanes
+        return self.lane % self.recipe.total + index * self.lane_count
 
     def read(self, epoch: int, index: int) -> Encoded:
         path, number = self.recipe.locate(epoch, self.position(index))
@@ -938,17 +942,17 @@ class Reader:
 class Lane:
     """An endless stream of packs. Its cursor, made of its readers', is all that it needs to go on."""
 
-    def __init__(self, c: Settings, tok: Tokenizer, stage: str, lane: int, cursor: dict | None):
-        settings = c.train.stages[stage]
+    def __init__(self, c: Settings, tok: Tokenizer, stage_name: str, lane: int, cursor: dict | None):
+        stage = c.train.stages[stage_name]
         self.length = c.train.pack_length
-        self.ctc = settings.ctc
-        self.mix = {name: share for name, share in settings.mix.items() if share > 0}
+        self.ctc = stage.ctc
+        self.mix = {name: share for name, share in stage.mix.items() if share > 0}
         start = {name: {"epoch": 0, "index": 0, "open": [], "fed": 0} for name in self.mix}
         self.cursor = cursor or {"pack": 0, "recipes": start}
         self.readers = {}
         for name in self.mix:
-            recipe = Recipe(c, name, salt=stage)
-            self.readers[name] = Reader(c, tok, recipe, lane, settings.packs, self.cursor["recipes"][name])
+            recipe = Recipe(c, name, salt=stage_name)
+            self.readers[name] = Reader(c, tok, recipe, lane, stage.packs, self.cursor["recipes"][name])
 
     def pack(self) -> Pack:
         """Fill a pack with documents until none of the open ones fits into what is left of it."""
@@ -989,10 +993,11 @@ class Lane:
 class Lanes(IterableDataset):
     """The packs of some lanes, in turn, for a reading process. An error comes through as the item itself."""
 
-    def __init__(self, c: Settings, tok: Tokenizer, stage: str, lanes: list[int], cursors: dict[int, dict]):
+    def __init__(self, c: Settings, tok: Tokenizer, stage_name: str, lanes: list[int],
+                 cursors: dict[int, dict]):
         self.c = c
         self.hf = tok.hf                     # a Tokenizer itself cannot travel to another process
-        self.stage = stage
+        self.stage_name = stage_name
         self.lanes = lanes
         self.cursors = cursors
 
@@ -1003,7 +1008,7 @@ class Lanes(IterableDataset):
                                          # the rank reads on until all ranks stop at one step
         try:
             tok = Tokenizer(self.hf)
-            served = [Lane(self.c, tok, self.stage, lane, self.cursors.get(lane)) for lane in self.lanes]
+            served = [Lane(self.c, tok, self.stage_name, lane, self.cursors.get(lane)) for lane in self.lanes]
             while True:
                 for lane in served:
                     yield lane.pack()

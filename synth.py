@@ -139,15 +139,15 @@ def draw_lengths(n: int, share: float, least: int, most: int, rng: Random) -> li
 
     >>> draw_lengths(n=20, share=0.5, least=5, most=9, rng=Random(2))
     [5, 5]
-    >>> draw_lengths(n=12, share=0.9, least=5, most=9, rng=Random(0))       # no room for a second one
+    >>> draw_lengths(n=12, share=0.9, least=5, most=9, rng=Random(0))       # 8 of 10.8; no room for five more
     [11]
     """
     budget = share * n
     lengths = []
     while (left := budget - sum(lengths)) > 0:
-        room = n - sum(lengths) - len(lengths)              # a word of text stays between spans
+        room = n - sum(lengths) - len(lengths)              # for a further span, after a word of text
         if room < least:
-            more = min(int(left + rng.random()), room + 1)  # which a span that only grows does not need
+            more = min(int(left + rng.random()), room + 1)  # to grow, no word has to stay
             if lengths and more > 0:
                 lengths[rng.randrange(len(lengths))] += more
             break
@@ -1503,12 +1503,13 @@ def check_config(c: Settings) -> None:
     """Refuse settings that contradict each other."""
     check_synth(c.synth)
     check_model(c.model)
+    demand(c.train.keep_states >= 1, f"train.keep_states must be at least 1, not {c.train.keep_states}.")
     optimizer = c.train.optimizer
     demand(optimizer in ("adamw", "muon"), f"train.optimizer must be adamw or muon, not {optimizer!r}.")
     recipes = [*c.synth.shards]
     for name, stage in c.train.stages.items():
         one_length = (stage.steps is None) != (stage.tokens is None)
-        demand(one_length, f"train.stages.{name} needs either steps or tokens.")
+        demand(one_length and stage.tokens != 0, f"train.stages.{name} needs either steps or tokens.")
         demand(sum(stage.mix.values()) > 0, f"train.stages.{name}.mix gives no recipe a share above 0.")
         recipes += stage.mix
     for name in recipes:
@@ -1989,7 +1990,7 @@ LISTS = ("count", "repeat", "say", "backwards", "name")              # answered 
 VERBATIM = ("repeat", "say")                                         # the answer stands in the prompt
 
 # How a story tells a fact. The last two ask for it in words that no prompt has, and reply as an assistant
-# does: "anna asks the home, of the monk. tom cries IT IS ABBEY."
+# does: "anna asks the home, the monk. tom cries IT IS ABBEY."
 FACT_FORMS = {
     "stated": "{stated}",
     "louder": "{stated} yes, {Y}.",

@@ -727,6 +727,19 @@ def test_generation_is_rereading(tiny):
         assert M.generate(tiny, [prompt], 12, stops, banned[1:]) == [one]
 
 
+def test_one_that_has_stopped_stays_stopped_while_many_go_on(tiny):
+    """The finished leave the cache in groups: one of eight is still computed, and must not speak again."""
+    many = [document([("text", 3 + i)], 30 + i) for i in range(8)]
+    free = [answer for answer, _ in M.generate(tiny, many, 10, [], [])]
+    early = [[i, token] for i, answer in enumerate(free) for token in answer[:3]
+             if sum(token in other for other in free) == 1 and len(set(answer)) > 2]
+    assert early, "no prompt has a token of its own among its first three"
+    for i, token in early:
+        stopped = M.generate(tiny, many, 10, [token], [])
+        assert stopped[i] == (free[i][:free[i].index(token)], False)
+        assert all(stopped[j] == (free[j], True) for j in range(8) if j != i)
+
+
 def test_audio_ids_are_never_chosen():
     model = M.random_model(config(tie_word_embeddings=False), 1)
     model.language_model.lm_head.weight.data[[AUDIO, BOS, EOS]] *= 100
