@@ -2483,6 +2483,7 @@ summary { cursor: pointer; color: #666 }
 .speech small { color: #467; margin-left: .6em }
 .speech audio { height: 2em; width: 17em; vertical-align: middle }
 .loss { border-bottom: 2px solid #e08a00 }
+.key { white-space: normal }
 .key span { margin-right: 1.5em }
 code { display: inline-block; white-space: pre-wrap; margin: 0 1px .3em; background: #f0f0f0 }
 </style>
