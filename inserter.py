@@ -1420,12 +1420,47 @@ def save_model(model: InSerter, folder: str | Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def save_processor(config: Qwen2AudioConfig, tok: Tokenizer, folder: Path) -> None:
+    """Write what transformers' AutoProcessor and generate() need beside the model, the tokenizer included."""
+    extractor = transformers.WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
+    transformers.Qwen2AudioProcessor(extractor, tok.hf).save_pretrained(folder)
+    transformers.GenerationConfig(
+        eos_token_id=[tok.special[TURN_END], tok.special[END]],
+        pad_token_id=tok.special[END],
+        suppress_tokens=[tok.special[AUDIO], tok.special[AUDIO_BOS], tok.special[AUDIO_EOS]],
+        max_new_tokens=256).save_pretrained(folder)
+
+
+def model_card(c: Settings) -> str:
+    """README.md of an export: what it was made from and how, its last point on dev, how to use it."""
+    bases = [name for name in (c.model["from"], c.model.encoder, c.model.llm) if name]
+    rows = [
+        ("made from", " and ".join(bases) or "random weights"),
+        ("text", "the built-in tiny world" if c.synth.corpus == "tiny" else c.synth.corpus),
+        ("spoken", f"{c.synth.share:.0%} of the words, at {c.synth.level} level, by {c.synth.engine}")]
+    for name in stages_of(c):
+        stage = c.train.stages[name]
+        length = f"{stage.tokens} targets" if stage.steps is None else f"{stage.steps} steps"
+        mix = ", ".join(f"{recipe} {share:g}" for recipe, share in stage.mix.items())
+        rows.append((f"stage {name}", f"{length} of {stage.packs} x {c.train.pack_length} positions: {mix}"))
+    metrics = run_folder(c) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    points = [row["eval"] for row in map(json.loads, lines) if "eval" in row]
+    for name, value in (points[-1] if points else {}).items():
+        rows.append((f"dev: {name}", f"{value:.3f}"))
+    return jinja2.Template(CARD).render(c=c, bases=bases, rows=rows)
+
+
 def load_tokenizer(c: Settings) -> Tokenizer:
     """The tokenizer of the given weights; from scratch data/tokenizer, trained when it is first needed."""
     if source := c.model["from"] or c.model.llm:
         hf = AutoTokenizer.from_pretrained(find_checkpoint(source))
         audio_tokens = {"extra_special_tokens": [AUDIO, AUDIO_BOS, AUDIO_EOS]}      # Qwen2-Audio's order
         hf.add_special_tokens(audio_tokens, replace_extra_special_tokens=False)
+        lacking = [name for name in SPECIAL if name not in hf.get_vocab()]
+        if lacking:
+            raise UserError(f"The tokenizer of {source} has no {', '.join(lacking)}, of which dialogues are "
+                            "made (ChatML); take an instruct model that has them.")
         return Tokenizer(hf)
     folder = Path(c.data) / "tokenizer"
     if not folder.is_dir():
@@ -1993,13 +2028,14 @@ def restore_optimizers(model: InSerter, optimizers: list, saved: dict[str, Tenso
 
 
 def export(c: Settings, model: InSerter, tok: Tokenizer) -> None:
-    """runs/<run>/model/: a Qwen2-Audio checkpoint with its tokenizer, replaced whole."""
+    """runs/<run>/model/: a Qwen2-Audio checkpoint with processor and model card, replaced whole."""
     folder = run_folder(c) / "model"
     aside = folder.with_name(".new.model")
     shutil.rmtree(aside, ignore_errors=True)
     with writing(folder):
         save_model(model, aside)
-        tok.hf.save_pretrained(aside)
+        save_processor(model.config, tok, aside)
+        (aside / "README.md").write_text(model_card(c), encoding="utf-8")
         replace_folder(aside, folder)
 
 
@@ -2499,7 +2535,7 @@ def main(arguments: list[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: the page of `preview` (jinja2)
+# Data: the page of `preview`, and the model card (jinja2)
 # --------------------------------------------------------------------------------------------------
 
 PREVIEW = """<!doctype html><html lang="en"><meta charset="utf-8"><title>InSerter: samples</title><style>
@@ -2535,6 +2571,45 @@ code { display: inline-block; white-space: pre-wrap; margin: 0 1px .3em; backgro
 {%- if times > 1 %}× {{ times }} {% endif %}
 {%- endfor %}</details></section>
 {% endfor %}</html>
+"""
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: audio-text-to-text
+language: {{ c.synth.lang }}
+{% if bases -%}
+base_model: [{{ bases | join(", ") }}]
+license: other
+license_name: that-of-the-base-models-and-the-data
+{%- else -%}
+license: mit
+{%- endif %}
+---
+# {{ c.run }}: an InSerter speech LLM
+
+Trained by interleaved pre-training (InSerter, arXiv 2503.02769): random segments of text are speech, the
+loss is on text alone. It answers spoken and typed questions.
+
+| | |
+|---|---|
+{%- for name, value in rows %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+
+```python
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+import soundfile
+
+processor = AutoProcessor.from_pretrained("FOLDER")
+model = Qwen2AudioForConditionalGeneration.from_pretrained("FOLDER")
+question = [{"role": "user", "content": [{"type": "audio", "audio_url": "question.wav"}]}]
+text = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+inputs = processor(text=text, audio=[soundfile.read("question.wav", dtype="float32")[0]], sampling_rate=16000,
+                   return_tensors="pt")                                     # 16 kHz, one channel
+print(processor.batch_decode(model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1]:],
+                             skip_special_tokens=True)[0])
+```
 """
 
 
