@@ -66,6 +66,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2AudioConfig
 from transformers.audio_utils import mel_filter_bank
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import synth
 from synth import Settings, UserError
@@ -430,7 +431,11 @@ class Adapter(nn.Module):
 
 
 class LLMBlock(nn.Module):
-    """Qwen2's block: grouped-query attention with rotary positions, then SwiGLU, each behind its RMS norm."""
+    """Grouped-query attention with rotary positions, then SwiGLU, each behind its RMS norm.
+
+    So Qwen2, Qwen3 and Llama are built, but for two details: Qwen2's queries, keys and values have biases,
+    and Qwen3's queries and keys pass norms of their own, head by head.
+    """
 
     def __init__(self, config: Any, layer: int):
         super().__init__()
@@ -439,11 +444,16 @@ class LLMBlock(nn.Module):
         self.head_size = head_size_of(config)
         queries = config.num_attention_heads * self.head_size
         keys = config.num_key_value_heads * self.head_size
+        has_bias = config.model_type == "qwen2"
+        self.has_norms = config.model_type == "qwen3"
         self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(d, queries),
-            "k_proj": nn.Linear(d, keys),
-            "v_proj": nn.Linear(d, keys),
+            "q_proj": nn.Linear(d, queries, bias=has_bias),
+            "k_proj": nn.Linear(d, keys, bias=has_bias),
+            "v_proj": nn.Linear(d, keys, bias=has_bias),
             "o_proj": nn.Linear(queries, d, bias=False)})
+        if self.has_norms:
+            self.self_attn["q_norm"] = nn.RMSNorm(self.head_size, config.rms_norm_eps)
+            self.self_attn["k_norm"] = nn.RMSNorm(self.head_size, config.rms_norm_eps)
         self.mlp = nn.ModuleDict({
             "gate_proj": nn.Linear(d, config.intermediate_size, bias=False),
             "up_proj": nn.Linear(d, config.intermediate_size, bias=False),
@@ -455,6 +465,9 @@ class LLMBlock(nn.Module):
         h = self.input_layernorm(x)                                                     # (T, d)
         q, k, v = (self.self_attn[name](h).unflatten(1, (-1, self.head_size))           # (T, Hq or Hkv, D)
                    for name in ("q_proj", "k_proj", "v_proj"))
+        if self.has_norms:
+            q = self.self_attn.q_norm(q)
+            k = self.self_attn.k_norm(k)
         attended = attend(rotate(q, rope), rotate(k, rope), v, self.layer)
         x = x + self.self_attn.o_proj(attended.flatten(1))
         h = self.post_attention_layernorm(x)
@@ -462,7 +475,7 @@ class LLMBlock(nn.Module):
 
 
 class LLM(nn.Module):
-    """Qwen2. Its head is applied by whoever needs logits: the loss at a few positions, generation at one."""
+    """Its head is applied by whoever needs logits: the loss at a few positions, generation at one."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -489,6 +502,10 @@ def head_size_of(config: Any) -> int:
 
 def rope_speed(config: Any, head_size: int, device: torch.device | None = None) -> Tensor:
     """Radians by which each pair of a head turns from one position to the next: (D / 2,)."""
+    kind = config.rope_parameters["rope_type"]
+    if kind != "default":                # Llama 3 turns slow pairs slower still, by transformers' own table
+        speed, _ = ROPE_INIT_FUNCTIONS[kind](config, device)
+        return speed
     # transformers' own rounding: a unit in the last place of a speed is 1e-4 radians at position 1000
     exponent = torch.arange(0, head_size, 2, device=device).float() / head_size
     return 1 / config.rope_parameters["rope_theta"] ** exponent
@@ -1160,6 +1177,7 @@ def mel_constants(n_mels: int, device: torch.device) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------
 
 REMEDY = "fetch or export the checkpoint again"
+LLM_FAMILIES = ("qwen2", "qwen3", "llama")   # Qwen2.5 is called qwen2, SmolLM2 and Llama 3 are called llama
 
 
 def fresh_model(c: Settings, tok: Tokenizer) -> InSerter:
@@ -1251,7 +1269,7 @@ def sinusoids(positions: int, width: int) -> Tensor:
 def load_model(source: str | Path) -> InSerter:
     """InSerter from a Qwen2-Audio checkpoint: ours, transformers' or the hub's; float32, on the CPU."""
     their_class = transformers.Qwen2AudioForConditionalGeneration
-    config, tensors, folder = read_checkpoint(source, "qwen2_audio", their_class)
+    config, tensors, folder = read_checkpoint(source, ("qwen2_audio",), their_class)
     tensors = renamed(tensors, {
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",
@@ -1265,7 +1283,7 @@ def load_model(source: str | Path) -> InSerter:
 
 
 def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], seed: int) -> InSerter:
-    """InSerter from a Whisper and a Qwen2 or Qwen2.5 checkpoint; adapter and audio rows are fresh.
+    """InSerter from a Whisper and an LLM of LLM_FAMILIES; adapter and audio rows are fresh.
 
     audio_ids: those of <|AUDIO|>, <|audio_bos|>, <|audio_eos|>, as the tokenizer gives them once the three
     are added to it as special tokens, in that order: 151646 to 151648 for Qwen2, as in Qwen2-Audio, but
@@ -1273,8 +1291,8 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], seed
     padded (151936 rows in the 0.5B), so the ids fall on rows that no text uses; past the end, rows are added.
     The three rows are drawn with the spread of the others, for nothing ever trained them.
     """
-    hears, audio, _ = read_checkpoint(whisper, "whisper", transformers.WhisperModel)
-    reads, text, folder = read_checkpoint(llm, "qwen2", transformers.AutoModelForCausalLM)
+    hears, audio, _ = read_checkpoint(whisper, ("whisper",), transformers.WhisperModel)
+    reads, text, folder = read_checkpoint(llm, LLM_FAMILIES, transformers.AutoModelForCausalLM)
     sizes = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins",
              "max_source_positions", "activation_function")
     audio_config = {"model_type": "qwen2_audio_encoder"} | {name: getattr(hears, name) for name in sizes}
@@ -1310,7 +1328,7 @@ def renamed(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, T
     return result
 
 
-def read_checkpoint(source: str | Path, model_type: str,
+def read_checkpoint(source: str | Path, model_types: tuple[str, ...],
                     model_class: Any) -> tuple[Any, dict[str, Tensor], Path]:
     """(config, {transformers' name in memory: float32 tensor}, folder), read by transformers itself.
 
@@ -1325,9 +1343,9 @@ def read_checkpoint(source: str | Path, model_type: str,
         found = json.loads(path.read_text("utf-8")).get("model_type")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is missing or damaged ({type(error).__name__}); {REMEDY}.") from None
-    if found != model_type:
-        raise UserError(f"{path} describes a {found} model where {model_type} is needed; give another "
-                        "folder.")
+    if found not in model_types:
+        raise UserError(f"{path} describes a {found} model where {' or '.join(model_types)} is needed; give "
+                        "another folder.")
     try:
         model, report = model_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True,
                                                     output_loading_info=True, ignore_mismatched_sizes=True)
@@ -1356,15 +1374,9 @@ def find_checkpoint(source: str | Path) -> Path:
 
 def build(config: Qwen2AudioConfig, tensors: dict[str, Tensor], source: str | Path) -> InSerter:
     """InSerter with these tensors (by name) as its float32 weights; UserError says what does not fit."""
-    text, audio = config.text_config, config.audio_config
-    plain = (text.rope_parameters["rope_type"] == "default"
-             and text.hidden_act == "silu"
-             and audio.activation_function == "gelu"
-             and audio.max_source_positions == MAX_FRAMES // 2
-             and all(kind == "full_attention" for kind in text.layer_types))
-    if not plain:
-        raise UserError(f"{source}: its config wants more than Qwen2-Audio's plain layers (default rotary "
-                        "positions, full attention, silu, gelu, 1500 audio positions); use another.")
+    lacking = unsupported(config)
+    if lacking:
+        raise UserError(f"{source}: its config wants {lacking}, which this model does not have; use another.")
     with torch.device("meta"):
         model = InSerter(config)
     for name, wanted in model.state_dict().items():
@@ -1374,6 +1386,24 @@ def build(config: Qwen2AudioConfig, tensors: dict[str, Tensor], source: str | Pa
     model.load_state_dict(tensors, assign=True)
     model.tie()
     return model
+
+
+def unsupported(config: Qwen2AudioConfig) -> str:
+    """What a config wants beyond the plain layers of section 2, in words; the empty text if nothing."""
+    text = config.text_config
+    audio = config.audio_config
+    rope = text.rope_parameters["rope_type"]
+    layer_types = getattr(text, "layer_types", None) or []              # Llama's config says nothing of them
+    wants = {
+        f"an LLM of the family {text.model_type}": text.model_type not in LLM_FAMILIES,
+        f"rotary positions of the type {rope}": rope not in ("default", "linear", "llama3"),
+        f"the activation {text.hidden_act} in the LLM": text.hidden_act != "silu",
+        "attention windows": any(kind != "full_attention" for kind in layer_types),
+        "biases in the LLM's attention": getattr(text, "attention_bias", False),
+        "biases in the LLM's feed-forward layers": getattr(text, "mlp_bias", False),
+        f"the activation {audio.activation_function} in the encoder": audio.activation_function != "gelu",
+        f"{audio.max_source_positions} audio positions": audio.max_source_positions != MAX_FRAMES // 2}
+    return " and ".join(want for want, is_wanted in wants.items() if is_wanted)
 
 
 def save_model(model: InSerter, folder: str | Path) -> None:
@@ -1390,12 +1420,47 @@ def save_model(model: InSerter, folder: str | Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def save_processor(config: Qwen2AudioConfig, tok: Tokenizer, folder: Path) -> None:
+    """Write what transformers' AutoProcessor and generate() need beside the model, the tokenizer included."""
+    extractor = transformers.WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
+    transformers.Qwen2AudioProcessor(extractor, tok.hf).save_pretrained(folder)
+    transformers.GenerationConfig(
+        eos_token_id=[tok.special[TURN_END], tok.special[END]],
+        pad_token_id=tok.special[END],
+        suppress_tokens=[tok.special[AUDIO], tok.special[AUDIO_BOS], tok.special[AUDIO_EOS]],
+        max_new_tokens=256).save_pretrained(folder)
+
+
+def model_card(c: Settings) -> str:
+    """README.md of an export: what it was made from and how, its last point on dev, how to use it."""
+    bases = [name for name in (c.model["from"], c.model.encoder, c.model.llm) if name]
+    rows = [
+        ("made from", " and ".join(bases) or "random weights"),
+        ("text", "the built-in tiny world" if c.synth.corpus == "tiny" else c.synth.corpus),
+        ("spoken", f"{c.synth.share:.0%} of the words, at {c.synth.level} level, by {c.synth.engine}")]
+    for name in stages_of(c):
+        stage = c.train.stages[name]
+        length = f"{stage.tokens} targets" if stage.steps is None else f"{stage.steps} steps"
+        mix = ", ".join(f"{recipe} {share:g}" for recipe, share in stage.mix.items())
+        rows.append((f"stage {name}", f"{length} of {stage.packs} x {c.train.pack_length} positions: {mix}"))
+    metrics = run_folder(c) / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    points = [row["eval"] for row in map(json.loads, lines) if "eval" in row]
+    for name, value in (points[-1] if points else {}).items():
+        rows.append((f"dev: {name}", f"{value:.3f}"))
+    return jinja2.Template(CARD).render(c=c, bases=bases, rows=rows)
+
+
 def load_tokenizer(c: Settings) -> Tokenizer:
     """The tokenizer of the given weights; from scratch data/tokenizer, trained when it is first needed."""
     if source := c.model["from"] or c.model.llm:
         hf = AutoTokenizer.from_pretrained(find_checkpoint(source))
         audio_tokens = {"extra_special_tokens": [AUDIO, AUDIO_BOS, AUDIO_EOS]}      # Qwen2-Audio's order
         hf.add_special_tokens(audio_tokens, replace_extra_special_tokens=False)
+        lacking = [name for name in SPECIAL if name not in hf.get_vocab()]
+        if lacking:
+            raise UserError(f"The tokenizer of {source} has no {', '.join(lacking)}, of which dialogues are "
+                            "made (ChatML); take an instruct model that has them.")
         return Tokenizer(hf)
     folder = Path(c.data) / "tokenizer"
     if not folder.is_dir():
@@ -1963,13 +2028,14 @@ def restore_optimizers(model: InSerter, optimizers: list, saved: dict[str, Tenso
 
 
 def export(c: Settings, model: InSerter, tok: Tokenizer) -> None:
-    """runs/<run>/model/: a Qwen2-Audio checkpoint with its tokenizer, replaced whole."""
+    """runs/<run>/model/: a Qwen2-Audio checkpoint with processor and model card, replaced whole."""
     folder = run_folder(c) / "model"
     aside = folder.with_name(".new.model")
     shutil.rmtree(aside, ignore_errors=True)
     with writing(folder):
         save_model(model, aside)
-        tok.hf.save_pretrained(aside)
+        save_processor(model.config, tok, aside)
+        (aside / "README.md").write_text(model_card(c), encoding="utf-8")
         replace_folder(aside, folder)
 
 
@@ -2469,7 +2535,7 @@ def main(arguments: list[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: the page of `preview` (jinja2)
+# Data: the page of `preview`, and the model card (jinja2)
 # --------------------------------------------------------------------------------------------------
 
 PREVIEW = """<!doctype html><html lang="en"><meta charset="utf-8"><title>InSerter: samples</title><style>
@@ -2506,6 +2572,45 @@ code { display: inline-block; white-space: pre-wrap; margin: 0 1px .3em; backgro
 {%- if times > 1 %}× {{ times }} {% endif %}
 {%- endfor %}</details></section>
 {% endfor %}</html>
+"""
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: audio-text-to-text
+language: {{ c.synth.lang }}
+{% if bases -%}
+base_model: [{{ bases | join(", ") }}]
+license: other
+license_name: that-of-the-base-models-and-the-data
+{%- else -%}
+license: mit
+{%- endif %}
+---
+# {{ c.run }}: an InSerter speech LLM
+
+Trained by interleaved pre-training (InSerter, arXiv 2503.02769): random segments of text are speech, the
+loss is on text alone. It answers spoken and typed questions.
+
+| | |
+|---|---|
+{%- for name, value in rows %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+
+```python
+from transformers import AutoProcessor, Qwen2AudioForConditionalGeneration
+import soundfile
+
+processor = AutoProcessor.from_pretrained("FOLDER")
+model = Qwen2AudioForConditionalGeneration.from_pretrained("FOLDER")
+question = [{"role": "user", "content": [{"type": "audio", "audio_url": "question.wav"}]}]
+text = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+inputs = processor(text=text, audio=[soundfile.read("question.wav", dtype="float32")[0]], sampling_rate=16000,
+                   return_tensors="pt")                                     # 16 kHz, one channel
+print(processor.batch_decode(model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1]:],
+                             skip_special_tokens=True)[0])
+```
 """
 
 

@@ -746,6 +746,23 @@ def test_answers_do_not_depend_on_the_batch(tok, model):
     assert M.transcribe(model, tok, heard, 8, 4) == one_by_one
 
 
+def test_the_model_cards_code_answers_as_we_do(c, tok, model, tmp_path, monkeypatch, capsys):
+    """The export needs nothing but transformers: its own README's code, run as it stands, on a spoken question."""
+    monkeypatch.chdir(tmp_path)
+    M.export(c, model, tok)
+    folder = M.run_folder(c) / "model"
+    soundfile.write("question.wav", noise(16000), 16000, subtype="FLOAT")
+    card = (folder / "README.md").read_text()
+    assert "license: mit" in card and "random weights" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    capsys.readouterr()
+    exec(code.replace("FOLDER", str(folder)), {})
+    (ours, _), = M.answer(model, tok, [noise(16000)], 256, 1)
+    for name in M.SPECIAL:
+        ours = ours.replace(name, "")
+    assert capsys.readouterr().out == ours + "\n"
+
+
 def tone(seconds: float, rate: int) -> np.ndarray:
     return 0.5 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)
 

@@ -3,6 +3,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+import transformers
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
@@ -27,6 +29,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 import inserter as M
+import synth
 
 ROOT = Path(__file__).parents[1]
 AUDIO, BOS, EOS = 60, 61, 62
@@ -366,6 +369,87 @@ def test_whisper_and_qwen_joined(tmp_path, tie, shard):
     agree(logits(ours, three_batches()[0]), theirs(model, three_batches()[0]))
 
 
+SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 61,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def small_llm(family):
+    """A random LLM of a family, as transformers makes it; every weight shows."""
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    configs = {
+        "qwen2": lambda: transformers.Qwen2Config(**SIZES, rope_parameters=plain),
+        "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=16, rope_parameters=plain),
+        "llama": lambda: transformers.LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=plain),
+        "llama 3": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3)}
+    torch.manual_seed(4)
+    return loud(transformers.AutoModelForCausalLM.from_config(configs[family]())).eval()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "llama 3"])
+def test_llm_families(tmp_path, family):
+    """Joined, the LLM says what it said; the export keeps the family and opens in transformers."""
+    llm = small_llm(family)
+    llm.save_pretrained(tmp_path / "llm")
+    small_whisper().save_pretrained(tmp_path / "w")
+    ours = M.join_models(tmp_path / "w", tmp_path / "llm", [AUDIO, BOS, EOS], 0)
+    documents = [document([("text", 200)], 7), document([("text", 5)], 8)]
+    want = [llm(input_ids=ids[None]).logits[0, :, :TEXT] for ids, _ in documents]
+    agree([x[:, :TEXT] for x in logits(ours, documents)], want)
+    M.save_model(ours, tmp_path / "out")
+    model, report = Qwen2AudioForConditionalGeneration.from_pretrained(
+        tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert model.config.text_config.model_type == llm.config.model_type
+    again = M.load_model(tmp_path / "out")
+    for batch in three_batches():
+        agree(logits(ours, batch), theirs(model, batch))
+        agree(logits(again, batch), logits(ours, batch), tolerance=0)
+
+
+@pytest.mark.parametrize("family, change, says", [
+    ("qwen3", {"attention_bias": True}, "biases in the LLM's attention"),
+    ("llama", {"mlp_bias": True}, "biases in the LLM's feed-forward"),
+    ("llama", {"hidden_act": "gelu"}, "the activation gelu in the LLM"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "the type yarn"),
+    ("llama", {"model_type": "mistral"}, "a mistral model where qwen2 or qwen3 or llama is needed")])
+def test_what_an_llm_has_and_we_lack_is_named(tmp_path, family, change, says):
+    small_llm(family).save_pretrained(tmp_path / "llm")
+    small_whisper().save_pretrained(tmp_path / "w")
+    path = tmp_path / "llm/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(M.UserError, match=says):
+        M.join_models(tmp_path / "w", tmp_path / "llm", [AUDIO, BOS, EOS], 0)
+
+
+REAL = os.environ.get("REAL_WEIGHTS")
+
+
+@pytest.mark.skipif(REAL is None, reason="REAL_WEIGHTS names no folder of real checkpoints")
+def test_real_weights(tmp_path):
+    """Whisper tiny.en and SmolLM2: the LLM says what it said, and transformers opens the export."""
+    folders = {"encoder": f"{REAL}/whisper-tiny.en", "llm": f"{REAL}/smollm2-135m-instruct"}
+    c = synth.load_config([f"model.{key}={folder}" for key, folder in folders.items()])
+    tok = M.load_tokenizer(c)
+    ours = M.fresh_model(c, tok).eval()
+    llm = transformers.AutoModelForCausalLM.from_pretrained(c.model.llm, dtype=torch.float32).eval()
+    known = llm.config.vocab_size
+    ids = torch.tensor(tok("The capital of France is Paris, and that of Spain is Madrid."))
+    with torch.no_grad():
+        want = llm(input_ids=ids[None]).logits[0]
+    agree([logits(ours, [(ids, [])])[0][:, :known]], [want])
+    M.save_model(ours, tmp_path)
+    model = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path)
+    waveform = clip(32161)
+    heard = [tok.special[M.AUDIO]] * M.audio_positions(len(waveform))
+    speech = [tok.special[M.AUDIO_BOS], *heard, tok.special[M.AUDIO_EOS]]
+    spoken = torch.tensor([*tok("Say "), *speech, *tok(" again.")])
+    batch = [(spoken, [waveform]), (ids, [])]
+    for x, y in zip(logits(ours, batch), theirs(model, batch)):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-5)          # of logits up to 30: float32 has no more
+
+
 LOAD = """
 import sys
 import inserter
@@ -488,7 +572,7 @@ def damage(folder: Path, how: str) -> None:
     ("no config", "config.json is missing or damaged"),
     ("not json", "config.json is missing or damaged"),
     ("other model", "describes a llama model"),
-    ("yarn", "plain layers"),
+    ("yarn", "rotary positions of the type yarn"),
     ("other sizes", "disagree at .*mlp"),
     ("more layers", "disagree at audio_tower.layers.2"),
     ("fewer layers", r"disagree at .*layers\.1\."),
