@@ -230,8 +230,11 @@ def with_system_turn(messages: list[dict]) -> list[dict]:
 def read_encoded(path: Path, number: int, tok: Tokenizer) -> Encoded:
     """Read sample `number` of a shard, verified, as ids, labels and clips."""
     sample, files = synth.read_sample(path, number)
-    clips = {name: synth.decode_flac(data) for name, data in files.items()}
-    return encode(sample, clips, tok)
+    return encode(sample, decoded(files), tok)
+
+
+def decoded(files: dict[str, bytes]) -> dict[str, np.ndarray]:
+    return {name: synth.decode_flac(data) for name, data in files.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1707,7 +1710,7 @@ def previewed(sample: dict, files: dict[str, bytes], tok: Tokenizer) -> dict:
     """What the page shows of a sample: its turns, and its tokens as [text, is target, times]."""
     roles = [message["role"] for message in sample["messages"] or []] or [""]
     audio = {name: base64.b64encode(data).decode() for name, data in files.items()}
-    encoded = encode(sample, {name: synth.decode_flac(data) for name, data in files.items()}, tok)
+    encoded = encode(sample, decoded(files), tok)
     tokens: list[list] = []
     held: list[int] = []
     for i, label in zip(encoded.ids, [IGNORE, *encoded.labels]):    # a target is the label of the one before
@@ -1832,7 +1835,7 @@ def dev_samples(c: Settings, recipe: str, count: int) -> list[tuple[dict, dict]]
     for path in sorted((Path(c.data) / recipe).glob("dev-*.tar")):
         for number in range(min(synth.read_index(path)["count"], count - len(found))):
             sample, files = synth.read_sample(path, number)
-            found.append((sample, {name: synth.decode_flac(data) for name, data in files.items()}))
+            found.append((sample, decoded(files)))
     return found
 
 
