@@ -30,6 +30,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -246,79 +247,23 @@ def decoded(files: dict[str, bytes]) -> dict[str, np.ndarray]:
 # training, with a cache for generation; so each block is written once.
 # --------------------------------------------------------------------------------------------------
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool,
-                    buckets: tuple | None = None) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
     """Softmax attention of every position over its own document only (the positions before it, if `causal`).
-
-    For each document, rows start to end of q, k and v, this is torch's scaled_dot_product_attention of these
-    rows. Documents of similar length share a call, padded to the longest of their bucket. `fused_attention`,
-    the kernel at the end of the file, computes exactly this on a GPU.
 
     q           (T, Hq, D)
     k, v        (T, Hkv, D); query head h reads key-value head h // (Hq / Hkv)
     cu_seqlens  (documents + 1,) int32 from 0 to T, empty ones allowed: [0, 3, 10] is documents of 3 and 7
-    buckets     the index work of `length_buckets`, shared by all layers
     -> (T, Hq, D)
+
+    This is the meaning. Two faster ways compute exactly this, many documents at once: `bucketed_attention` on
+    a CPU and `fused_attention` on a GPU (sections 12 and 13). `packed_attention` chooses.
     """
-    rows, blocks, back = buckets or length_buckets(cu_seqlens, causal, q.device)
-    sizes = [count * length for count, length, _ in blocks]
-    grouped = q.shape[1] != k.shape[1]
-    queries, keys, values = (x.index_select(0, rows).split(sizes) for x in (q, k, v))
     outputs = []
-    for (count, length, mask), *qkv in zip(blocks, queries, keys, values):
-        qkv = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]            # each (n, H, L, D)
-        out = F.scaled_dot_product_attention(*qkv, mask, is_causal=causal, enable_gqa=grouped)
-        outputs.append(out.transpose(1, 2).flatten(0, 1))                               # (n L, Hq, D)
-    return torch.cat(outputs).index_select(0, back)
-
-
-def length_buckets(cu_seqlens: Tensor, causal: bool, device: torch.device) -> tuple[Tensor, list, Tensor]:
-    """The index work of plain_attention, which depends on the documents' lengths alone.
-
-    Lengths [3, 0, 7, 2] fall into the buckets (2, 4], (4, 8] and (1, 2]; the empty document is nowhere.
-    -> rows    where the padded rows of all buckets come from
-       blocks  [(documents n, longest L, mask of real keys (n, 1, 1, L) or None)], here (1, 3), (1, 7), (1, 2)
-       back    (T,) the row at which each position's result stands
-    """
-    bounds = cu_seqlens.cpu().long()
-    starts, lengths = bounds[:-1], bounds.diff()
-    buckets: dict[int, list[int]] = {}
-    for document, length in enumerate(lengths.tolist()):
-        if length:
-            buckets.setdefault((length - 1).bit_length(), []).append(document)
-    back = torch.empty(int(bounds[-1]), dtype=torch.int64)
-    sources, blocks, filled = [], [], 0
-    for documents in buckets.values():
-        start = starts[documents, None]                                                 # (n, 1)
-        length = lengths[documents, None]
-        column = torch.arange(int(length.max()))                                        # (L,)
-        is_real = column < length                                                       # (n, L)
-        rows = start + torch.minimum(column, length - 1)                                # padded by real rows
-        back[rows[is_real]] = filled + is_real.flatten().nonzero()[:, 0]
-        filled += rows.numel()
-        mask = None
-        if not causal and not is_real.all():          # causal: padding is last, where no query looks
-            mask = is_real[:, None, None].to(device)
-        sources.append(rows.flatten())
-        blocks.append((*rows.shape, mask))
-    return torch.cat(sources).to(device), blocks, back.to(device)
-
-
-def uses_kernel(device: torch.device, head_size: int) -> bool:
-    """Whether such heads are attended by `fused_attention`: on a GPU, or by Triton's interpreter."""
-    if triton is None or head_size not in HEAD_SIZES:
-        return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def packed_attention(cu_seqlens: Tensor, causal: bool, x: Tensor, head_size: int) -> Callable[..., Tensor]:
-    """The function attend(q, k, v, layer) of a pack x (T, d): its index work is done once, for all layers."""
-    here = cu_seqlens.to(x.device, non_blocking=True)
-    if uses_kernel(x.device, head_size):
-        tiles = fused_tiles(here, causal, len(x))
-        return lambda q, k, v, layer: fused_attention(q, k, v, here, causal, tiles)
-    buckets = length_buckets(cu_seqlens, causal, x.device)
-    return lambda q, k, v, layer: plain_attention(q, k, v, here, causal, buckets)
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        qkv = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]                   # each (1, H, L, D)
+        out = F.scaled_dot_product_attention(*qkv, is_causal=causal, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))                                          # (L, Hq, D)
+    return torch.cat(outputs)
 
 
 class EncoderBlock(nn.Module):
@@ -2268,7 +2213,82 @@ def draw_curves(c: Settings) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The fused kernel: computes exactly `plain_attention`; skip on first reading
+# 12. Faster attention: computes exactly `plain_attention`; skip on first reading
+#
+# A pack has many short documents, and a call for each would cost more than the attention itself. On a CPU
+# documents of similar length are padded to each other and share a call of torch's; on a GPU one kernel takes
+# all of them (section 13).
+# --------------------------------------------------------------------------------------------------
+
+def uses_kernel(device: torch.device, head_size: int) -> bool:
+    """Whether such heads are attended by `fused_attention`: on a GPU, or by Triton's interpreter."""
+    if triton is None or head_size not in HEAD_SIZES:
+        return False
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def packed_attention(cu_seqlens: Tensor, causal: bool, x: Tensor, head_size: int) -> Callable[..., Tensor]:
+    """The function attend(q, k, v, layer) of a pack x (T, d): its index work is done once, for all layers."""
+    here = cu_seqlens.to(x.device, non_blocking=True)
+    if uses_kernel(x.device, head_size):
+        tiles = fused_tiles(here, causal, len(x))
+        return lambda q, k, v, layer: fused_attention(q, k, v, here, causal, tiles)
+    buckets = length_buckets(cu_seqlens, causal, x.device)
+    return lambda q, k, v, layer: bucketed_attention(q, k, v, here, causal, buckets)
+
+
+def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool,
+                       buckets: tuple | None = None) -> Tensor:
+    """`plain_attention` on a CPU: documents of similar length share a call, padded to the longest of them.
+
+    buckets: the index work of `length_buckets`, shared by all layers
+    """
+    rows, blocks, back = buckets or length_buckets(cu_seqlens, causal, q.device)
+    sizes = [count * length for count, length, _ in blocks]
+    grouped = q.shape[1] != k.shape[1]
+    queries, keys, values = (x.index_select(0, rows).split(sizes) for x in (q, k, v))
+    outputs = []
+    for (count, length, mask), *qkv in zip(blocks, queries, keys, values):
+        qkv = [x.unflatten(0, (count, length)).transpose(1, 2) for x in qkv]            # each (n, H, L, D)
+        out = F.scaled_dot_product_attention(*qkv, mask, is_causal=causal, enable_gqa=grouped)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))                               # (n L, Hq, D)
+    return torch.cat(outputs).index_select(0, back)
+
+
+def length_buckets(cu_seqlens: Tensor, causal: bool, device: torch.device) -> tuple[Tensor, list, Tensor]:
+    """The index work of bucketed_attention, which depends on the documents' lengths alone.
+
+    Lengths [3, 0, 7, 2] fall into the buckets (2, 4], (4, 8] and (1, 2]; the empty document is nowhere.
+    -> rows    where the padded rows of all buckets come from
+       blocks  [(documents n, longest L, mask of real keys (n, 1, 1, L) or None)], here (1, 3), (1, 7), (1, 2)
+       back    (T,) the row at which each position's result stands
+    """
+    bounds = cu_seqlens.cpu().long()
+    starts, lengths = bounds[:-1], bounds.diff()
+    buckets: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths.tolist()):
+        if length:
+            buckets.setdefault((length - 1).bit_length(), []).append(document)
+    back = torch.empty(int(bounds[-1]), dtype=torch.int64)
+    sources, blocks, filled = [], [], 0
+    for documents in buckets.values():
+        start = starts[documents, None]                                                 # (n, 1)
+        length = lengths[documents, None]
+        column = torch.arange(int(length.max()))                                        # (L,)
+        is_real = column < length                                                       # (n, L)
+        rows = start + torch.minimum(column, length - 1)                                # padded by real rows
+        back[rows[is_real]] = filled + is_real.flatten().nonzero()[:, 0]
+        filled += rows.numel()
+        mask = None
+        if not causal and not is_real.all():          # causal: padding is last, where no query looks
+            mask = is_real[:, None, None].to(device)
+        sources.append(rows.flatten())
+        blocks.append((*rows.shape, mask))
+    return torch.cat(sources).to(device), blocks, back.to(device)
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. The fused kernel: computes exactly `plain_attention`; skip on first reading
 #
 # Flash attention: a program holds a tile of query rows of one document and head, walks over the keys they may
 # see, and keeps a running maximum and sum, so scores never reach memory; `lse`, the logarithm of every row's
@@ -2278,7 +2298,7 @@ def draw_curves(c: Settings) -> None:
 # reach a kernel as (pointer, stride of a position, stride of a head); rows count from a document's start.
 # --------------------------------------------------------------------------------------------------
 
-HEAD_SIZES = (16, 32, 64, 128)               # others take plain_attention
+HEAD_SIZES = (16, 32, 64, 128)               # others take bucketed_attention
 TILE = 128                                   # rows of an entry of the table of tiles
 compiled = triton.jit if triton else lambda function: function
 
@@ -2524,7 +2544,7 @@ attention_op.register_autograd(run_backward, setup_context=keep_for_backward)
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. The command line
+# 14. The command line
 # --------------------------------------------------------------------------------------------------
 
 def main(arguments: list[str]) -> None:

@@ -310,7 +310,7 @@ def ours(lengths: list[int], causal: bool, Hq: int, Hkv: int) -> Callable:
     if M.uses_kernel(DEVICE, 64):            # as every head size timed here
         tiles = M.fused_tiles(cu_seqlens, causal, sum(lengths))
         return lambda q, k, v: M.fused_attention(q, k, v, cu_seqlens, causal, tiles)
-    return lambda q, k, v: M.plain_attention(q, k, v, cu_seqlens, causal)
+    return lambda q, k, v: M.bucketed_attention(q, k, v, cu_seqlens, causal)
 
 
 def flash(lengths: list[int], causal: bool, Hq: int, Hkv: int) -> Callable:

@@ -216,13 +216,14 @@ def naive(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-def test_plain_attention_is_the_naive_loop(causal, heads):
+@pytest.mark.parametrize("attention", [M.plain_attention, M.bucketed_attention])
+def test_attention_is_the_naive_loop(causal, heads, attention):
     torch.manual_seed(0)
     cu_seqlens = torch.tensor([0, 0, 1, 6, 6, 40, 77, 79, 142, 300, 300, 300], dtype=torch.int32)
     queries, keys = heads
     inputs = [torch.randn(300, h, 8, requires_grad=True) for h in (queries, keys, keys)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    out = M.plain_attention(*inputs, cu_seqlens, causal)
+    out = attention(*inputs, cu_seqlens, causal)
     want = naive(*exact, cu_seqlens, causal)
     torch.testing.assert_close(out.double(), want, atol=2e-6, rtol=0)
     weight = torch.randn_like(out)
@@ -237,8 +238,8 @@ def test_buckets_can_be_shared(causal):
     cu_seqlens = torch.tensor([0, 3, 3, 10, 12], dtype=torch.int32)
     q = torch.randn(12, 2, 4)
     buckets = M.length_buckets(cu_seqlens, causal, torch.device("cpu"))
-    alone = M.plain_attention(q, q, q, cu_seqlens, causal)
-    assert torch.equal(alone, M.plain_attention(q, q, q, cu_seqlens, causal, buckets))
+    alone = M.bucketed_attention(q, q, q, cu_seqlens, causal)
+    assert torch.equal(alone, M.bucketed_attention(q, q, q, cu_seqlens, causal, buckets))
 
 
 def test_buckets_are_those_of_the_docstring():
