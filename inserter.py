@@ -1480,7 +1480,7 @@ def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_i
     banned = sorted({*banned_ids, model.config.audio_token_index})
     answers: list[list[int]] = [[] for _ in prompts]
     running = [True] * len(prompts)                                     # no stop id yet
-    present = list(range(len(prompts)))      # the prompt of each row; one that has stopped may stay for a while
+    present = list(range(len(prompts)))      # the prompt of each row; one that has stopped may stay on
     longest = max(len(ids) for ids, _ in prompts)
     for new in range(1, max_new_tokens + 1):
         logits = model.language_model.lm_head(h)                                        # (B, V)
