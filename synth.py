@@ -1258,12 +1258,12 @@ def make_shards(c: Settings) -> None:
 
 def make_missing(c: Settings, keys: list[Key]) -> float:
     """Make these shards in synth.workers processes; returns the seconds that they took, added up."""
-    fresh = c.synth.engine == "espeak"
-    context = multiprocessing.get_context("forkserver" if fresh else "spawn")
-    if fresh:
+    one_each = c.synth.engine == "espeak"                   # a fresh process for each shard
+    context = multiprocessing.get_context("forkserver" if one_each else "spawn")
+    if one_each:
         context.set_forkserver_preload(["numpy", "torch", "torchaudio", "soundfile", "yaml"])
     took = 0.0
-    with context.Pool(min(c.synth.workers, len(keys)), maxtasksperchild=1 if fresh else None) as pool:
+    with context.Pool(min(c.synth.workers, len(keys)), maxtasksperchild=1 if one_each else None) as pool:
         jobs = pool.imap_unordered(functools.partial(make_shard, c), keys)
         for seconds in tqdm(jobs, total=len(keys), desc="shards", disable=None):
             took += seconds
