@@ -241,10 +241,10 @@ def decoded(files: dict[str, bytes]) -> dict[str, np.ndarray]:
 # --------------------------------------------------------------------------------------------------
 # 2. The model
 #
-# Whisper's encoder, one linear layer, and Qwen2, all on packed sequences. Modules are named so that
-# state_dict() is a Qwen2-Audio checkpoint, name by name: audio_tower (Encoder), multi_modal_projector
-# (Adapter), language_model (LLM). Blocks get attention as a function, attend(q, k, v, layer): packed for
-# training, with a cache for generation; so each block is written once.
+# Whisper's encoder, one linear layer, and an LLM (Qwen2; or Qwen3, Llama), all on packed sequences. Modules
+# are named so that state_dict() is a Qwen2-Audio checkpoint, name by name: audio_tower (Encoder),
+# multi_modal_projector (Adapter), language_model (LLM). Blocks get attention as a function, attend(q, k, v,
+# layer): packed for training, with a cache for generation; so each block is written once.
 # --------------------------------------------------------------------------------------------------
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:

@@ -1503,7 +1503,8 @@ def check_config(c: Settings) -> None:
     """Refuse settings that contradict each other."""
     check_synth(c.synth)
     check_model(c.model)
-    demand(c.train.keep_states >= 1, f"train.keep_states must be at least 1, not {c.train.keep_states}.")
+    for key in ("keep_states", "open_documents"):
+        demand(c.train[key] >= 1, f"train.{key} must be at least 1, not {c.train[key]}.")
     optimizer = c.train.optimizer
     demand(optimizer in ("adamw", "muon"), f"train.optimizer must be adamw or muon, not {optimizer!r}.")
     recipes = [*c.synth.shards]
@@ -1987,7 +1988,6 @@ OPEN = ("name", "tell")                                              # many answ
 CLOSED = [kind for kind in KINDS if kind not in OPEN]
 COMPUTED = ("sum", "count", "repeat", "say", "backwards")            # whole arguments are held out
 LISTS = ("count", "repeat", "say", "backwards", "name")              # answered by several words
-VERBATIM = ("repeat", "say")                                         # the answer stands in the prompt
 
 # How a story tells a fact. The last two ask for it in words that no prompt has, and reply as an assistant
 # does: "anna asks the home, the monk. tom cries IT IS ABBEY."

@@ -111,6 +111,7 @@ def test_worked_examples():
     (["model.from=a", "model.encoder=b", "model.llm=c"], "model.from and model.encoder exclude each other"),
     (["model.encoder=b"], "belong together"),
     (["train.keep_states=0"], "train.keep_states must be at least 1, not 0"),
+    (["train.open_documents=0"], "train.open_documents must be at least 1, not 0"),
     (["train.stages.sft.steps=null", "train.stages.sft.tokens=0"], "train.stages.sft needs either steps or tokens"),
 ])
 def test_a_wrong_setting_is_one_sentence(arguments, sentence):
