@@ -35,6 +35,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -89,13 +90,13 @@ IGNORE = -100                                # label of a position without loss,
 # --------------------------------------------------------------------------------------------------
 # 1. One sample: its ids and its labels
 #
-# The only place that knows special tokens, the chat template and the loss mask. Ids and labels are made
-# together, so they cannot drift apart. The template is Qwen2-Audio's own.
+# The only place that knows special tokens, the markup of dialogues and the loss mask. Ids and labels are made
+# together, so they cannot drift apart. Dialogues are written as the LLM's own chat template writes them.
 # --------------------------------------------------------------------------------------------------
 
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
-END, TURN, TURN_END, AUDIO_BOS, AUDIO, AUDIO_EOS = SPECIAL
-SYSTEM = "You are a helpful assistant."
+AUDIO, AUDIO_BOS, AUDIO_EOS = AUDIO_TOKENS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
+TURN, TURN_END = "<|im_start|>", "<|im_end|>"                           # ChatML's, as in Qwen and SmolLM2
+END, LLAMA_END = "<|endoftext|>", "<|end_of_text|>"                     # of a document; no template has it
 
 
 def audio_positions(samples: int) -> int:
@@ -115,20 +116,69 @@ def convolved(samples: int) -> int:
 
 
 class Tokenizer:
-    """Text to ids, piece by piece. Special tokens that occur inside a text are read as plain text."""
+    """Text to ids, piece by piece. Special tokens that occur inside a text are read as plain text.
+
+    audio, audio_bos, audio_eos   ids of the audio tokens
+    opening                       ids that begin a document: Llama's <|begin_of_text|>, else none
+    end, turn_end                 ids that end a document, and the assistant's turn; `stops` are both
+    trims                         whether the chat template drops a line break at a turn's end (Llama 3)
+    """
 
     def __init__(self, hf: PreTrainedTokenizerFast):
         self.hf = hf
         self.backend = hf.backend_tokenizer
         self.backend.encode_special_tokens = True
-        self.special = {name: hf.convert_tokens_to_ids(name) for name in SPECIAL}
         self.digest = sha256(self.backend.to_str().encode()).hexdigest()
+        template = hf.chat_template or CHATML
+        self.template = template if template.startswith(HEARING) else HEARING + template
+        self.audio, self.audio_bos, self.audio_eos = hf.convert_tokens_to_ids(list(AUDIO_TOKENS))
+        self.opening = hf("").input_ids
+        ends = [name for name in (END, LLAMA_END) if name in hf.get_vocab()]
+        self.end = hf.convert_tokens_to_ids(ends[0]) if ends else hf.eos_token_id
+        special = [i for i, token in hf.added_tokens_decoder.items() if token.special]
+        after_answer = self.markup(("user", "assistant"), False)[-1]
+        self.turn_end = next((i for i in after_answer if i in special), None)
+        if self.turn_end is None:
+            raise UserError(f"The chat template of {hf.name_or_path} ends the assistant's turn by no special "
+                            "token, so nothing says when to stop; take an instruct model whose template does.")
+        self.stops = [self.turn_end, self.end]
+        self.trims = "\x02\n" not in self.written([{"role": "user", "content": "\x02\n"}], False)
 
     def __call__(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids if text else []
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=False)
+
+    @lru_cache(maxsize=1000)
+    def markup(self, roles: tuple[str, ...], reply: bool) -> list[list[int]]:
+        """Ids of what the chat template writes before, between and after a dialogue's messages.
+
+        roles: of the messages; reply: end with the opening of the assistant's turn
+        -> len(roles) + 1 lists; in ChatML, which puts a system turn before a dialogue that has none,
+           markup(("user",), True) is "<|im_start|>system … <|im_start|>user\\n" and
+           "<|im_end|>\\n<|im_start|>assistant\\n"
+        """
+        messages = [{"role": role, "content": f"\x02{i}\x03"} for i, role in enumerate(roles)]
+        text = self.written(messages, reply)
+        pieces = re.split("\x02\\d+\x03", text)
+        if len(pieces) != len(roles) + 1:
+            raise UserError(f"The chat template of {self.hf.name_or_path} leaves out a turn of the dialogue "
+                            f"{', '.join(roles)}; change or drop those dialogues.")
+        self.backend.encode_special_tokens = False
+        ids = [self(piece) for piece in pieces]
+        self.backend.encode_special_tokens = True
+        return ids
+
+    def written(self, messages: list[dict], reply: bool) -> str:
+        """A dialogue as the chat template writes it."""
+        try:
+            return self.hf.apply_chat_template(messages, chat_template=self.template, tokenize=False,
+                                               add_generation_prompt=reply)
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(f"The chat template of {self.hf.name_or_path} takes no dialogue of the turns "
+                            f"{roles} ({error}); change or drop those dialogues.") from None
 
 
 @dataclasses.dataclass
@@ -149,8 +199,8 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
     typed: read every speech part as its text instead (the ceiling that the gap is measured against)
     reply: end with the opening of the assistant's turn, for generation
 
-    Every text part says whether it carries loss. Markup does so twice: an assistant's <|im_end|>, and the
-    <|endoftext|> that ends a document. The audio tokens never do.
+    Every text part says whether it carries loss. Markup does so twice: what ends an assistant's turn
+    (<|im_end|>), and the <|endoftext|> that ends a document. The audio tokens never do.
 
     {"parts": [text "hi ", speech of 2 positions, text " you"]}, loss on both texts, gives
         ids     hi  <|audio_bos|>  <|AUDIO|>  <|AUDIO|>  <|audio_eos|>   you           <|endoftext|>
@@ -166,14 +216,11 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
     def put_speech(part: dict, in_dialogue: bool) -> None:
         clip = clips[part["audio"]]
         encoded.clips.append(clip)
-        words = synth.WORD.findall(part["text"].lower())
-        encoded.word_ids.append([i for word in words for i in tok(f" {word}")])
+        encoded.word_ids.append(word_tokens(part, tok))
         if in_dialogue:                      # the template numbers the clips of a dialogue
             put(tok(f"Audio {len(encoded.clips)}: "), False)
-        heard = [tok.special[AUDIO]] * audio_positions(len(clip))
-        put([tok.special[AUDIO_BOS], *heard, tok.special[AUDIO_EOS]], False)
-        if in_dialogue:
-            put(tok("\n"), False)
+        heard = [tok.audio] * audio_positions(len(clip))
+        put([tok.audio_bos, *heard, tok.audio_eos], False)
 
     def put_parts(parts: list[dict], in_dialogue: bool) -> None:
         for part, text in spaces_moved(parts):
@@ -183,23 +230,32 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
                 put(tok(text), False)
             else:
                 put_speech(part, in_dialogue)
+                if in_dialogue and not (tok.trims and part is parts[-1]):
+                    put(tok("\n"), False)
 
     if sample["parts"]:
+        put(tok.opening, False)
         put_parts(sample["parts"], in_dialogue=False)
         if not reply:
-            put([tok.special[END]], True)
+            put([tok.end], True)
     else:
-        for message in with_system_turn(sample["messages"]):
-            put([tok.special[TURN], *tok(f"{message['role']}\n")], False)
+        messages = sample["messages"]
+        markup = tok.markup(tuple(message["role"] for message in messages), reply)
+        put(markup[0], False)
+        for message, after in zip(messages, markup[1:]):
             put_parts(message["content"], in_dialogue=True)
-            put([tok.special[TURN_END]], message["role"] == "assistant")
-            put(tok("\n"), False)
-        if reply:
-            put([tok.special[TURN], *tok("assistant\n")], False)
+            targets = after.index(tok.turn_end) + 1 if message["role"] == "assistant" else 0
+            put(after[:targets], True)
+            put(after[targets:], False)
 
     following = zip(encoded.ids[1:], is_target[1:])
     encoded.labels = [i if loss else IGNORE for i, loss in following] + [IGNORE]
     return encoded
+
+
+def word_tokens(part: dict, tok: Tokenizer) -> list[int]:
+    """The words of a speech part as tokens, in lower case, without punctuation: what a CTC stage asks for."""
+    return [i for word in synth.WORD.findall(part["text"].lower()) for i in tok(f" {word}")]
 
 
 def spaces_moved(parts: list[dict]) -> list[tuple[dict, str]]:
@@ -219,13 +275,6 @@ def spaces_moved(parts: list[dict]) -> list[tuple[dict, str]]:
             texts[i] = texts[i - 1][len(kept):] + texts[i]
             texts[i - 1] = kept
     return list(zip(parts, texts))
-
-
-def with_system_turn(messages: list[dict]) -> list[dict]:
-    """A dialogue that begins with a system turn, Qwen2-Audio's default one where it has none."""
-    if messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": [synth.text_part(SYSTEM, False)]}, *messages]
 
 
 def read_encoded(path: Path, number: int, tok: Tokenizer) -> Encoded:
@@ -544,16 +593,17 @@ class InSerter(nn.Module):
         return self.language_model(x, position_ids, attend, self.recompute)
 
     def forward(self, ids: Tensor, labels: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
-                waveforms: list[Tensor], chunk: int, word_ids: list[list[int]] | None = None) -> Tensor:
+                waveforms: list[Tensor], chunk: int, word_ids: list[list[int]] | None = None,
+                classes: Tensor | None = None) -> Tensor:
         """Sum of the loss in nats (section 3), a float32 scalar. Every parameter takes part (not by CTC).
 
         labels[t] (T,) int64 is the token that should FOLLOW position t, or IGNORE where none is asked for;
         `chunk` positions at a time go through the head; the other arguments are those of `hidden`. With
-        `word_ids` the loss is `word_loss` alone.
+        `word_ids` the loss is `word_loss` alone, over `classes` and the batch's own tokens.
         """
         if word_ids is None:
             return next_token_losses(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk).sum()
-        return word_loss(self, waveforms or [torch.zeros(4 * HOP)], word_ids or [[]])
+        return word_loss(self, waveforms or [torch.zeros(4 * HOP)], word_ids or [[]], classes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -583,20 +633,30 @@ def next_token_losses(model: InSerter, ids: Tensor, labels: Tensor, position_ids
     return torch.cat([computed_again(losses, h, t) for h, t in chunks])
 
 
-def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]]) -> Tensor:
+def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]],
+              classes: Tensor | None = None) -> Tensor:
     """Summed nats of each clip's words (their tokens) by CTC (Graves et al. 2006). <|AUDIO|> is the blank.
 
-    Encoder, adapter and the LLM without its blocks say, vector by vector, which word they hear. The LM head
-    is the embedding matrix, so a word heard comes to lie near the same word read. A clip with more tokens
-    than vectors adds nothing.
+    Encoder, adapter and the LLM without its blocks say, vector by vector, which token they hear: the one whose
+    embedding fits best, so a word heard comes to lie near the same word read. A clip with more tokens than
+    vectors adds nothing.
+
+    classes: (n,) ids that compete with the words' own tokens; None: the whole vocabulary, of which an LLM's is
+    so large that it takes two thirds of the time
     """
-    heard = model.language_model.model.norm(model.hear(waveforms))
+    heard = model.language_model.model.norm(model.hear(waveforms).float())              # (positions, d)
     lengths = [audio_positions(len(w)) for w in waveforms]
-    logits = model.language_model.lm_head(heard).float().log_softmax(1).split(lengths)
+    targets = torch.tensor([i for ids in word_ids for i in ids], dtype=torch.int64)
+    blank = torch.tensor([model.config.audio_token_index])
+    table = model.language_model.model.embed_tokens.weight
+    if classes is not None:
+        classes = torch.cat([classes, targets, blank]).unique()
+        table = table[classes.to(table.device)]
+        targets = torch.searchsorted(classes, targets)
+        blank = torch.searchsorted(classes, blank)
+    logits = F.linear(heard, table).float().log_softmax(1).split(lengths)
     logits = nn.utils.rnn.pad_sequence(logits, batch_first=True).transpose(0, 1)        # (longest, clips, V)
-    targets = torch.tensor([i for ids in word_ids for i in ids])
-    counts = [len(ids) for ids in word_ids]
-    return F.ctc_loss(logits, targets.to(heard.device), lengths, counts, blank=model.config.audio_token_index,
+    return F.ctc_loss(logits, targets.to(heard.device), lengths, list(map(len, word_ids)), blank=int(blank),
                       reduction="sum", zero_infinity=True)
 
 
@@ -644,8 +704,11 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
     restore_optimizers(model, optimizers, saved)
     network = DistributedDataParallel(model, find_unused_parameters=stage.ctc) if world > 1 else model
     feed = Feed(c, tok, progress, lanes=list(range(rank, stage.packs, world)))
+    classes = frequent_tokens(c, tok, stage) if stage.ctc and stage.ctc_classes else None
     log = Log(c, progress, stage)
     stop = False
+    if progress.step == 0 and not stage.from_scratch:                   # what the given weights can do
+        log.point(evaluate(c, model, tok))
     while progress.share(stage) < 1 and not stop:
         # 1. The rank's next packs, and what those of all ranks hold together. A signal to one rank, or a
         #    shard that it cannot read, comes to all with these sums.
@@ -665,7 +728,7 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
             is_last = micro_batch is micro_batches[-1]
             with contextlib.nullcontext() if is_last or world == 1 else network.no_sync():
                 with mixed_precision(c):
-                    loss = network(**batch_of(micro_batch), chunk=c.train.loss_chunk)
+                    loss = network(**batch_of(micro_batch), chunk=c.train.loss_chunk, classes=classes)
                 (loss * (world / max(totals["targets"], 1))).backward()
             loss_sum += loss.detach()        # read once a step: nothing in between waits for a GPU
 
@@ -692,6 +755,8 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
         # save.
         log.step(float(loss_sum), factor, norm, totals)
         done = progress.share(stage) >= 1
+        if done and stage.ctc and not stage.lr_scale.get("llm", 1.0):
+            match_lengths(c, model, tok)
         reads_text = not stage.from_scratch or set(stage.mix) != {"tasks"}
         if reads_text and (done or progress.step % c.train.eval_every == 0):
             log.point(evaluate(c, model, tok))
@@ -707,6 +772,33 @@ def freeze(model: InSerter, stage: Settings) -> list[nn.Parameter]:
         is_table = name.endswith("embed_positions.weight")              # sinusoids, never trained
         p.requires_grad_(stage.lr_scale.get(module_of(name), 1.0) > 0 and not is_table)
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def frequent_tokens(c: Settings, tok: Tokenizer, stage: Settings) -> Tensor:
+    """The stage.ctc_classes most frequent tokens of what is spoken in the first shard of its first recipe."""
+    counts: Counter = Counter()
+    path = Recipe(c, next(iter(stage.mix)), salt="").paths[0]
+    for number in range(synth.read_index(path)["count"]):
+        sample, _ = synth.read_sample(path, number)
+        for part in (part for parts in synth.parts_of(sample) for part in parts):
+            if part["role"] == "speech":
+                counts.update(word_tokens(part, tok))
+    return torch.tensor([i for i, _ in counts.most_common(stage.ctc_classes)])
+
+
+@torch.no_grad()
+def match_lengths(c: Settings, model: InSerter, tok: Tokenizer) -> None:
+    """Scale the adapter: what is heard of dev clips becomes as long as the LLM's embeddings, on average.
+
+    CTC looks at directions alone, so nothing holds the length meanwhile: it grows tenfold, and would drown
+    all else in the LLM's first blocks.
+    """
+    samples = dev_samples(c, "tasks", c.train.eval_samples)
+    heard = model.hear([torch.from_numpy(clip) for _, clips in samples for clip in clips.values()])
+    table = model.language_model.model.embed_tokens.weight
+    factor = table.norm(dim=1).mean() / heard.norm(dim=1).mean()
+    for p in model.multi_modal_projector.parameters():
+        p *= factor
 
 
 def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch.optim.Optimizer]:
@@ -1134,8 +1226,8 @@ def fresh_model(c: Settings, tok: Tokenizer) -> InSerter:
     if m["from"]:
         return load_model(m["from"])
     if m.encoder:
-        audio_ids = [tok.special[name] for name in (AUDIO, AUDIO_BOS, AUDIO_EOS)]
-        return join_models(m.encoder, m.llm, audio_ids, c.seed)
+        audio_ids = [tok.audio, tok.audio_bos, tok.audio_eos]
+        return join_models(m.encoder, m.llm, audio_ids, tok(" ")[-1], c.seed)
     audio = {
         "num_mel_bins": m.mels,
         "d_model": m.encoder_width,
@@ -1153,7 +1245,7 @@ def fresh_model(c: Settings, tok: Tokenizer) -> InSerter:
         "tie_word_embeddings": m.tie,
         "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
         "max_position_embeddings": 32768}
-    config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=tok.special[AUDIO])
+    config = Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=tok.audio)
     return random_model(config, c.seed)
 
 
@@ -1230,14 +1322,17 @@ def load_model(source: str | Path) -> InSerter:
     return build(config, tensors, folder)
 
 
-def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], seed: int) -> InSerter:
+def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], space: int,
+                seed: int) -> InSerter:
     """InSerter from a Whisper and an LLM of LLM_FAMILIES; adapter and audio rows are fresh.
 
     audio_ids: those of <|AUDIO|>, <|audio_bos|>, <|audio_eos|>, as the tokenizer gives them once the three
     are added to it as special tokens, in that order: 151646 to 151648 for Qwen2, as in Qwen2-Audio, but
     151665 to 151667 for Qwen2.5, which calls the former <|object_ref_start|> and so on. Their matrices are
     padded (151936 rows in the 0.5B), so the ids fall on rows that no text uses; past the end, rows are added.
-    The three rows are drawn with the spread of the others, for nothing ever trained them.
+    Nothing ever trained the three rows. They start as that of the token `space`, a little apart: <|AUDIO|> is
+    what CTC hears between words, and LLMs read over spaces (of text with five fillers between words SmolLM2
+    understands most if they are spaces or commas, less if they are random rows).
     """
     hears, audio, _ = read_checkpoint(whisper, ("whisper",), transformers.WhisperModel)
     reads, text, folder = read_checkpoint(llm, LLM_FAMILIES, transformers.AutoModelForCausalLM)
@@ -1250,7 +1345,7 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], seed
     tensors = renamed(encoder, {"encoder.": "audio_tower."}) | renamed(text, {"": "language_model."})
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         if name in tensors:
-            tensors[name] = with_new_rows(tensors[name], audio_ids, name, seed)
+            tensors[name] = with_new_rows(tensors[name], audio_ids, space, name, seed)
             config.text_config.vocab_size = len(tensors[name])
     with torch.device("meta"):
         adapter = Adapter(config).state_dict(prefix="multi_modal_projector.")
@@ -1258,12 +1353,13 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], seed
     return build(config, tensors, folder)
 
 
-def with_new_rows(matrix: Tensor, ids: list[int], name: str, seed: int) -> Tensor:
-    """The matrix (V, d), longer if an id lies past its end, with new rows at `ids`, spread like the rest."""
+def with_new_rows(matrix: Tensor, ids: list[int], model_id: int, name: str, seed: int) -> Tensor:
+    """The matrix (V, d), longer if an id lies past its end, with rows at `ids` that lie around row `model_id`."""
     rows = max(len(matrix), max(ids) + 1)
     width = matrix.shape[1]
+    noise = initial_value(name, (len(ids), width), seed) * math.sqrt(width) * matrix.std()
     matrix = torch.cat([matrix, matrix.new_zeros(rows - len(matrix), width)])
-    matrix[list(ids)] = initial_value(name, (len(ids), width), seed) * math.sqrt(width) * matrix.std()
+    matrix[ids] = matrix[model_id] + 0.1 * noise
     return matrix
 
 
@@ -1371,11 +1467,11 @@ def save_model(model: InSerter, folder: str | Path) -> None:
 def save_processor(config: Qwen2AudioConfig, tok: Tokenizer, folder: Path) -> None:
     """Write what transformers' AutoProcessor and generate() need beside the model, the tokenizer included."""
     extractor = transformers.WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
-    transformers.Qwen2AudioProcessor(extractor, tok.hf).save_pretrained(folder)
+    transformers.Qwen2AudioProcessor(extractor, tok.hf, chat_template=tok.template).save_pretrained(folder)
     transformers.GenerationConfig(
-        eos_token_id=[tok.special[TURN_END], tok.special[END]],
-        pad_token_id=tok.special[END],
-        suppress_tokens=[tok.special[AUDIO], tok.special[AUDIO_BOS], tok.special[AUDIO_EOS]],
+        eos_token_id=tok.stops,
+        pad_token_id=tok.end,
+        suppress_tokens=[tok.audio, tok.audio_bos, tok.audio_eos],
         max_new_tokens=256).save_pretrained(folder)
 
 
@@ -1403,12 +1499,10 @@ def load_tokenizer(c: Settings) -> Tokenizer:
     """The tokenizer of the given weights; from scratch data/tokenizer, trained when it is first needed."""
     if source := c.model["from"] or c.model.llm:
         hf = AutoTokenizer.from_pretrained(find_checkpoint(source))
-        audio_tokens = {"extra_special_tokens": [AUDIO, AUDIO_BOS, AUDIO_EOS]}      # Qwen2-Audio's order
-        hf.add_special_tokens(audio_tokens, replace_extra_special_tokens=False)
-        lacking = [name for name in SPECIAL if name not in hf.get_vocab()]
-        if lacking:
-            raise UserError(f"The tokenizer of {source} has no {', '.join(lacking)}, of which dialogues are "
-                            "made (ChatML); take an instruct model that has them.")
+        if not hf.chat_template and TURN not in hf.get_vocab():
+            raise UserError(f"The tokenizer of {source} has neither a chat template nor {TURN}, by which "
+                            "dialogues could be written; take an instruct model that has them.")
+        hf.add_special_tokens({"extra_special_tokens": AUDIO_TOKENS}, replace_extra_special_tokens=False)
         return Tokenizer(hf)
     folder = Path(c.data) / "tokenizer"
     if not folder.is_dir():
@@ -1428,7 +1522,7 @@ def open_tokenizer(folder: Path) -> Tokenizer:
 
 def train_tokenizer(c: Settings, folder: Path) -> None:
     """Byte-level BPE with Qwen2's word splitting, trained on the first `text` shard, for AutoTokenizer."""
-    texts = [SYSTEM, "system\nuser\nassistant\n", "Audio 1: "]
+    texts = ["You are a helpful assistant.", "system\nuser\nassistant\n", "Audio 1: "]
     texts += [task["ask"] for task in synth.TASKS.values()]
     path = synth.shard_path(c, "text", "train", 0)
     for number in range(synth.read_index(path)["count"]):
@@ -1441,7 +1535,8 @@ def train_tokenizer(c: Settings, folder: Path) -> None:
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = tokenizers.decoders.ByteLevel()
     bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
-        vocab_size=c.model.vocab, special_tokens=list(SPECIAL), show_progress=False,
+        vocab_size=c.model.vocab, show_progress=False,
+        special_tokens=[END, TURN, TURN_END, AUDIO_BOS, AUDIO, AUDIO_EOS],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     hf = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=TURN_END, pad_token=END,
                                  extra_special_tokens=[TURN, AUDIO_BOS, AUDIO, AUDIO_EOS])
@@ -1557,13 +1652,13 @@ class Cache:
         self.layers = [[kept[rows] for kept in pair] for pair in self.layers]
 
 
-def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], stop: str, max_tokens: int,
+def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens: int,
              batch: int) -> list[tuple[str, bool]]:
     """Greedy continuations of prompts, in batches of similar length: (text, truncated) each."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     done: dict[int, tuple[str, bool]] = {}
     device = next(model.parameters()).device
-    banned = [tok.special[AUDIO_BOS], tok.special[AUDIO_EOS]]
+    banned = [tok.audio_bos, tok.audio_eos]
     for start in range(0, len(order), batch):
         chosen = order[start:start + batch]
         asked = []
@@ -1571,7 +1666,7 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], stop: str,
             clips = [torch.from_numpy(clip) for clip in prompts[i].clips]
             asked.append((torch.tensor(prompts[i].ids), clips))
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            answers = generate(model, asked, max_tokens, [tok.special[stop]], banned)
+            answers = generate(model, asked, max_tokens, tok.stops, banned)
         for i, (ids, truncated) in zip(chosen, answers):
             done[i] = tok.decode(ids), truncated
     return [done[i] for i in range(len(prompts))]
@@ -1585,7 +1680,7 @@ def answer(model: InSerter, tok: Tokenizer, questions: list[str | np.ndarray], m
         part = synth.text_part(question, False) if isinstance(question, str) else SPEECH
         sample = {"parts": None, "messages": [{"role": "user", "content": [part]}]}
         prompts.append(encode(sample, {SPEECH["audio"]: question}, tok, reply=True))
-    return complete(model, tok, prompts, TURN_END, max_tokens, batch)
+    return complete(model, tok, prompts, max_tokens, batch)
 
 
 def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max_tokens: int,
@@ -1593,7 +1688,7 @@ def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max
     """What the model hears in clips at 16 kHz, by the prompt of the speech task."""
     sample = {"parts": [SPEECH, synth.text_part(synth.TASKS["transcribe"]["ask"], False)], "messages": None}
     prompts = [encode(sample, {SPEECH["audio"]: waveform}, tok, reply=True) for waveform in waveforms]
-    return [text.strip() for text, _ in complete(model, tok, prompts, END, max_tokens, batch)]
+    return [text.strip() for text, _ in complete(model, tok, prompts, max_tokens, batch)]
 
 
 SPEECH = {"role": "speech", "text": "", "audio": "clip"}                # a clip whose words nobody wrote down
@@ -1770,7 +1865,7 @@ def obeyed(c: Settings, model: InSerter, tok: Tokenizer, exchanges: list[tuple[d
            typed: bool) -> int:
     """How many of these questions (opening, reference, clips) are answered exactly by the reference."""
     openings = [encode(opening, clips, tok, typed=typed, reply=True) for opening, _, clips in exchanges]
-    replies = complete(model, tok, openings, TURN_END, c.bench.max_tokens, c.bench.batch)
+    replies = complete(model, tok, openings, c.bench.max_tokens, c.bench.batch)
     return sum(reply == reference for (reply, _), (_, reference, _) in zip(replies, exchanges))
 
 
@@ -2558,8 +2653,38 @@ def main(arguments: list[str]) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Data: the page of `preview`, and the model card (jinja2)
+# Data, all of it jinja2: chat templates, the page of `preview`, the model card
 # --------------------------------------------------------------------------------------------------
+
+# Before any LLM's own template: contents that are lists of texts and clips become texts, clips numbered as by
+# Qwen2-Audio. Qwen3 is asked not to think aloud, and Llama 3 is told one day for ever.
+HEARING = """{%- set ns = namespace(clips=0, text='', turns=[]) -%}
+{%- for message in messages -%}
+{%- if message.content is string -%}{%- set ns.text = message.content -%}{%- else -%}
+{%- set ns.text = '' -%}
+{%- for part in message.content -%}
+{%- if part.type == 'text' -%}{%- set ns.text = ns.text ~ part.text -%}{%- else -%}
+{%- set ns.clips = ns.clips + 1 -%}
+{%- set ns.text = ns.text ~ 'Audio ' ~ ns.clips ~ ': <|audio_bos|><|AUDIO|><|audio_eos|>\\n' -%}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- set ns.turns = ns.turns + [{'role': message.role, 'content': ns.text}] -%}
+{%- endfor -%}
+{%- set messages = ns.turns -%}
+{%- set enable_thinking = false -%}
+{%- set date_string = '26 Jul 2024' -%}
+"""
+
+CHATML = """{%- for message in messages -%}
+{%- if loop.first and message.role != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
 
 PREVIEW = """<!doctype html><html lang="en"><meta charset="utf-8"><title>InSerter: samples</title><style>
 body { font: 16px/1.6 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -2630,7 +2755,7 @@ model = Qwen2AudioForConditionalGeneration.from_pretrained("FOLDER")
 question = [{"role": "user", "content": [{"type": "audio", "audio_url": "question.wav"}]}]
 text = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
 inputs = processor(text=text, audio=[soundfile.read("question.wav", dtype="float32")[0]], sampling_rate=16000,
-                   return_tensors="pt")                                     # 16 kHz, one channel
+                   add_special_tokens=False, return_tensors="pt")           # 16 kHz, one channel
 print(processor.batch_decode(model.generate(**inputs, do_sample=False)[:, inputs["input_ids"].shape[1]:],
                              skip_special_tokens=True)[0])
 ```

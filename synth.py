@@ -540,22 +540,17 @@ def espeak_voice(accent: str, timbre: str, **parameters: int) -> dict:
 def candidates(split: str, settings: Settings, pool: list[dict] | None = None) -> list[str] | list[dict]:
     """What `draw_voice` may choose from: names of espeak's timbres, or voices of a file.
 
-    split     "train", "dev" or "test"
-    settings  a list in timbres counts whatever the split; empty, the split's own timbres do, special_timbres
-              left out
-    pool      voices from a file instead of espeak's; where all have one timbre it serves every split
+    split     "train", "dev" or "test", each with throats of its own; a single timbre serves them all
+    settings  the list in timbres; empty, all of espeak's timbres but special_timbres
+    pool      voices from a file instead of espeak's
     """
-    if pool is None and settings.timbres:
-        return settings.timbres
-    for name in settings.special_timbres:
+    for name in [*settings.timbres, *settings.special_timbres]:
         check_espeak("en-us", name)
     if pool:
         names = {voice["timbre"] for voice in pool}
     else:
-        names = timbres().keys() - settings.special_timbres
-    fit = {name for name in names if timbre_split(name, settings.held_out) == split}
-    if pool and len(names) == 1:
-        fit = names
+        names = set(settings.timbres) or timbres().keys() - settings.special_timbres
+    fit = {name for name in names if len(names) == 1 or timbre_split(name, settings.held_out) == split}
     if not fit:
         raise UserError(f"No timbre is left for {split} at synth.held_out={settings.held_out}: "
                         "offer more timbres, or change the shares.")

@@ -33,6 +33,7 @@ import synth
 
 ROOT = Path(__file__).parents[1]
 AUDIO, BOS, EOS = 60, 61, 62
+SPACE = 3                                    # whose row the new ones start from
 TEXT = 60                                    # ids below are text
 LENGTHS = (32000, 32001, 32160, 32161, 479840, 480000)
 
@@ -344,10 +345,15 @@ def test_whisper_and_qwen_joined(tmp_path, tie, shard):
     qwen = small_qwen(tie)
     for model, name in ((whisper, "w"), (qwen, "q")):
         model.save_pretrained(tmp_path / name, max_shard_size=shard)
-    ours = M.join_models(tmp_path / "w", tmp_path / "q", [AUDIO, BOS, EOS], 0)
+    ours = M.join_models(tmp_path / "w", tmp_path / "q", [AUDIO, BOS, EOS], SPACE, 0)
     llm = ours.language_model
     assert llm.lm_head.weight.shape == (63, 24)
     assert (llm.lm_head.weight is llm.model.embed_tokens.weight) == tie
+
+    table = llm.model.embed_tokens.weight
+    new, space = table[[AUDIO, BOS, EOS]], table[SPACE]                 # near the space's row, and apart
+    spread = float(qwen.model.embed_tokens.weight.float().std())
+    assert 0.05 * spread < float((new - space).std()) < 0.15 * spread and len(new.unique(dim=0)) == 3
 
     documents = [document([("text", 12)], 7), document([("text", 5)], 8)]
     want = [qwen.float()(input_ids=ids[None]).logits[0, :, :TEXT] for ids, _ in documents]
@@ -394,7 +400,7 @@ def test_llm_families(tmp_path, family):
     llm = small_llm(family)
     llm.save_pretrained(tmp_path / "llm")
     small_whisper().save_pretrained(tmp_path / "w")
-    ours = M.join_models(tmp_path / "w", tmp_path / "llm", [AUDIO, BOS, EOS], 0)
+    ours = M.join_models(tmp_path / "w", tmp_path / "llm", [AUDIO, BOS, EOS], SPACE, 0)
     documents = [document([("text", 200)], 7), document([("text", 5)], 8)]
     want = [llm(input_ids=ids[None]).logits[0, :, :TEXT] for ids, _ in documents]
     agree([x[:, :TEXT] for x in logits(ours, documents)], want)
@@ -421,7 +427,7 @@ def test_what_an_llm_has_and_we_lack_is_named(tmp_path, family, change, says):
     path = tmp_path / "llm/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(M.UserError, match=says):
-        M.join_models(tmp_path / "w", tmp_path / "llm", [AUDIO, BOS, EOS], 0)
+        M.join_models(tmp_path / "w", tmp_path / "llm", [AUDIO, BOS, EOS], SPACE, 0)
 
 
 REAL = os.environ.get("REAL_WEIGHTS")
@@ -443,8 +449,8 @@ def test_real_weights(tmp_path):
     M.save_model(ours, tmp_path)
     model = Qwen2AudioForConditionalGeneration.from_pretrained(tmp_path)
     waveform = clip(32161)
-    heard = [tok.special[M.AUDIO]] * M.audio_positions(len(waveform))
-    speech = [tok.special[M.AUDIO_BOS], *heard, tok.special[M.AUDIO_EOS]]
+    heard = [tok.audio] * M.audio_positions(len(waveform))
+    speech = [tok.audio_bos, *heard, tok.audio_eos]
     spoken = torch.tensor([*tok("Say "), *speech, *tok(" again.")])
     batch = [(spoken, [waveform]), (ids, [])]
     for x, y in zip(logits(ours, batch), theirs(model, batch)):
@@ -456,7 +462,7 @@ import sys
 import inserter
 folder, lacking = sys.argv[1:]
 inserter.load_model(f"{folder}/audio")
-inserter.join_models(f"{folder}/w", f"{folder}/q", [60, 61, 62], 0)
+inserter.join_models(f"{folder}/w", f"{folder}/q", [60, 61, 62], 5, 0)
 try:
     inserter.load_model(lacking)
 except inserter.UserError:
@@ -615,7 +621,7 @@ def test_surplus_weights_of_joined_models_are_one_sentence(tmp_path, which):
     settings.pop("layer_types", None)
     path.write_text(json.dumps(settings))
     with pytest.raises(M.UserError, match=r"disagree at .*layers\.1\."):
-        M.join_models(tmp_path / "w", tmp_path / "q", [AUDIO, BOS, EOS], 0)
+        M.join_models(tmp_path / "w", tmp_path / "q", [AUDIO, BOS, EOS], SPACE, 0)
 
 
 def test_unknown_names_are_one_sentence(monkeypatch):
@@ -765,6 +771,24 @@ def test_word_loss_is_the_sum_over_all_alignments():
         assert float(M.word_loss(model, clips[:1], too_many)) == 0
         no_clips = model(*[None] * 4, waveforms=[], chunk=64, word_ids=[])
         assert math.isfinite(float(no_clips))
+
+
+def test_word_loss_over_sampled_classes_is_the_loss_over_these_tokens():
+    """The batch's own tokens, the blank and the given ones compete; over the whole vocabulary it is the plain loss."""
+    model = loud(M.random_model(config(), 1))
+    clips, words, given = [clip(2400, 1), clip(1600, 2)], [[9, 5], [7]], [20, 9, 33]
+    llm = model.language_model
+    classes = sorted({*given, 9, 5, 7, AUDIO})
+    with torch.no_grad():
+        nats = 0.0
+        for waveform, said in zip(clips, words):
+            scores = llm.lm_head(llm.model.norm(model.hear([waveform]))).double()
+            odds = torch.zeros_like(scores)
+            odds[:, classes] = scores[:, classes].softmax(1)
+            nats -= math.log(probability_of(said, odds))
+        assert float(M.word_loss(model, clips, words, torch.tensor(given))) == pytest.approx(nats, rel=1e-5)
+        whole = M.word_loss(model, clips, words, torch.arange(len(llm.lm_head.weight)))
+        torch.testing.assert_close(whole, M.word_loss(model, clips, words), rtol=1e-6, atol=0)
 
 
 # --------------------------------------------------------------------------------------------------

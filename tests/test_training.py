@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+import inserter
+import synth
 
 ROOT = Path(__file__).parents[1]
 TINY = [
@@ -201,6 +205,36 @@ def test_two_ranks_with_muon(runner, many, twenty, tmp_path):
     assert max(distance(two[name], one[name]) for name in one) < 1e-6
     one, two = (all_weights(folder, 5) for folder in folders)
     print(f"\n1 and 2 ranks, Muon: weights after 5 steps differ by {distance(two, one):.1e}")
+
+
+def test_a_hearing_stage_leaves_the_llm_as_it_was(runner, many, tmp_path):
+    """CTC over sampled classes, two ranks: the LLM's weights stay to the bit, encoder and adapter move, and what is
+    heard ends up as long as the LLM's embeddings."""
+    hear = ("{hear: {ctc: true, ctc_classes: 40, steps: 6, mix: {tasks: 1.0}, packs: 2, lr: 1.0e-2, muon_lr: 0.05, "
+            "lr_scale: {encoder: 1.0, adapter: 1.0, llm: 0.0}}}")
+    given = next(argument for argument in many if argument.startswith("model.from="))
+    done = runner(tmp_path, given, f"train.stages={hear}", "train.optimizer=muon", world=2)
+    assert done["codes"] == [0, 0], done
+    before = load_file(Path(given.removeprefix("model.from=")) / "model.safetensors")
+    after = load_file(tmp_path / "runs/t/model/model.safetensors")
+    assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("language_model"))
+    assert distance(after["audio_tower.conv1.weight"], before["audio_tower.conv1.weight"]) > 0.003
+    c = synth.load_config(runner.settings(given))
+    clips = [clip for _, clips in inserter.dev_samples(c, "tasks", 4) for clip in clips.values()]
+    with torch.no_grad():
+        heard = inserter.load_model(tmp_path / "runs/t/model").hear(list(map(torch.from_numpy, clips)))
+    embedded = after["language_model.model.embed_tokens.weight"]
+    torch.testing.assert_close(heard.norm(dim=1).mean(), embedded.norm(dim=1).mean(), rtol=1e-4, atol=0)
+
+
+def test_the_classes_of_a_hearing_stage_are_the_most_frequent_tokens(runner):
+    c = synth.load_config(runner.settings())
+    tok = inserter.load_tokenizer(c)
+    stage = synth.Settings(c.train.stage | {"ctc_classes": 5, "mix": {"tasks": 1.0}})
+    path, counts = inserter.Recipe(c, "tasks", "").paths[0], Counter()
+    for number in range(synth.read_index(path)["count"]):
+        counts.update(i for ids in inserter.read_encoded(path, number, tok).word_ids for i in ids)
+    assert inserter.frequent_tokens(c, tok, stage).tolist() == [i for i, _ in counts.most_common(5)]
 
 
 # --------------------------------------------------------------------------------------------------

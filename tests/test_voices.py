@@ -118,8 +118,12 @@ def test_splits_share_no_throat():
         assert {v["timbre"] for v in draw(2000, split)} == set(names)
 
 
-def test_a_list_of_timbres_is_taken_as_it_is():
-    assert {v["timbre"] for v in draw(50, "train", timbres=["whisper", "caleb"])} == {"whisper", "caleb"}
+def test_a_list_of_timbres_is_divided_by_throat_too():
+    """Training never hears a listed voice that test hears; one timbre alone, a special one too, serves all splits."""
+    listed = ["edward", "Hugo", "pablo", "m4", "Gene", "whisper"]
+    found = {split: {v["timbre"] for v in draw(100, split, timbres=listed)} for split in ("train", "dev", "test")}
+    assert found == {"train": {"edward", "Hugo", "whisper"}, "dev": {"Gene"}, "test": {"m4", "pablo"}}
+    assert all(V.candidates(split, V.Settings(SETTINGS | {"timbres": ["whisper"]})) == ["whisper"] for split in found)
 
 
 def test_voices_from_a_file(tmp_path):
@@ -140,6 +144,8 @@ def test_a_split_without_voices_is_refused():
         V.candidates("test", V.Settings(SETTINGS | {"held_out": {"test": 0.0, "dev": 0.1}}))
     with pytest.raises(V.UserError, match="'wisper'; nearest valid: whisper"):
         V.candidates("train", V.Settings(SETTINGS | {"special_timbres": ["wisper"]}))
+    with pytest.raises(V.UserError, match="'Edward'; nearest valid: edward"):
+        V.candidates("train", V.Settings(SETTINGS | {"timbres": ["Edward"]}))
 
 
 @pytest.mark.parametrize("text, where", [
