@@ -818,7 +818,7 @@ def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch
         scale = stage.lr_scale.get(module, 1.0)
         named = [(name, p) for name, p in model.named_parameters()
                  if module_of(name) == module and p.requires_grad]
-        orthogonal = {name for name, p in named if c.train.optimizer == "muon" and p.ndim == 2
+        orthogonal = {name for name, p in named if stage.optimizer == "muon" and p.ndim == 2
                       and "embed" not in name and "lm_head" not in name}
         others = [p for name, p in named if name not in orthogonal]
         decay = c.train.weight_decay
@@ -1353,13 +1353,13 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], spac
     return build(config, tensors, folder)
 
 
-def with_new_rows(matrix: Tensor, ids: list[int], model_id: int, name: str, seed: int) -> Tensor:
-    """The matrix (V, d), longer if an id lies past its end, with rows at `ids` that lie around row `model_id`."""
+def with_new_rows(matrix: Tensor, ids: list[int], like: int, name: str, seed: int) -> Tensor:
+    """The matrix (V, d), longer if an id lies past its end, with rows at `ids` near that of `like`."""
     rows = max(len(matrix), max(ids) + 1)
     width = matrix.shape[1]
     noise = initial_value(name, (len(ids), width), seed) * math.sqrt(width) * matrix.std()
     matrix = torch.cat([matrix, matrix.new_zeros(rows - len(matrix), width)])
-    matrix[ids] = matrix[model_id] + 0.1 * noise
+    matrix[ids] = matrix[like] + 0.1 * noise
     return matrix
 
 
@@ -1956,6 +1956,8 @@ def open_run(c: Settings) -> None:
     folder = run_folder(c)
     if c.fresh and folder.exists():
         shutil.rmtree(folder)
+    if not any((folder / "state").glob("[0-9]*")):                      # nothing was trained with other settings
+        (folder / "config.yaml").unlink(missing_ok=True)
     synth.same_settings(folder / "config.yaml", c, c.may_change,
                         "choose another name with run=…, or start it anew with fresh=true")
 

@@ -1500,10 +1500,10 @@ def check_config(c: Settings) -> None:
     check_model(c.model)
     for key in ("keep_states", "open_documents"):
         demand(c.train[key] >= 1, f"train.{key} must be at least 1, not {c.train[key]}.")
-    optimizer = c.train.optimizer
-    demand(optimizer in ("adamw", "muon"), f"train.optimizer must be adamw or muon, not {optimizer!r}.")
     recipes = [*c.synth.shards]
     for name, stage in c.train.stages.items():
+        demand(stage.optimizer in ("adamw", "muon"),
+               f"train.stages.{name}.optimizer must be adamw or muon, not {stage.optimizer!r}.")
         one_length = (stage.steps is None) != (stage.tokens is None)
         demand(one_length and stage.tokens != 0, f"train.stages.{name} needs either steps or tokens.")
         demand(sum(stage.mix.values()) > 0, f"train.stages.{name}.mix gives no recipe a share above 0.")

@@ -1,12 +1,14 @@
 """How fast: synthesis against the bare TTS library, a training step against transformers.
 
     python tests/speed.py [synth] [step] [full]     (all by default; full: a step at Qwen's whole vocabulary)
+    REAL_WEIGHTS=FOLDER python tests/speed.py real  a step of Whisper-tiny and SmolLM2-135M, from FOLDER's copies
 
 Writes results/speed.json. One thread, what is compared runs in turn, medians. What counts is the ratios.
 """
 import ctypes
 import gc
 import json
+import os
 import random
 import statistics
 import sys
@@ -260,9 +262,10 @@ def flops(config: Qwen2AudioConfig, clip_samples: list[int], padded: bool) -> fl
     return total
 
 
-def measure_step(name: str, config: Qwen2AudioConfig, samples: int, with_optimizer: bool) -> dict:
+def measure_step(name: str, model: inserter.InSerter, samples: int, with_optimizer: bool) -> dict:
+    config = model.config
     ours, theirs = make_batch(config, samples)
-    model, peer = both_models(config)
+    peer = peer_of(model)
     targets = samples * TEXT
     forwards = {"inserter": lambda: model(**ours) / targets, "transformers": lambda: peer(**theirs).loss}
     models = {"inserter": model, "transformers": peer}
@@ -302,18 +305,32 @@ def measure_step(name: str, config: Qwen2AudioConfig, samples: int, with_optimiz
     return results
 
 
-def both_models(config: Qwen2AudioConfig) -> tuple[inserter.InSerter, nn.Module]:
-    """Ours and transformers', of the same weights."""
+def loud_model(config: Qwen2AudioConfig) -> inserter.InSerter:
+    """Random weights that all count: a fresh model's blocks are the identity."""
     model = inserter.random_model(config, 1)
-    for p in model.parameters():             # blocks start as the identity: make all of it count
+    for p in model.parameters():
         if p.requires_grad:
             p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+def real_model(folder: str) -> inserter.InSerter:
+    """Whisper and SmolLM2 joined, untied."""
+    c = synth.load_config([f"model.encoder={folder}/whisper-tiny.en", f"model.llm={folder}/smollm2-135m-instruct"])
+    model = inserter.fresh_model(c, inserter.load_tokenizer(c))
+    model.language_model.lm_head.weight = nn.Parameter(model.language_model.lm_head.weight.detach().clone())
+    model.config.text_config.tie_word_embeddings = False
+    return model
+
+
+def peer_of(model: inserter.InSerter) -> nn.Module:
+    """transformers' model of the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         inserter.save_model(model, folder)
         peer = Qwen2AudioForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
     for name, p in peer.named_parameters():  # Whisper's positions are constants
         p.requires_grad_("embed_positions" not in name)
-    return model, peer.train()
+    return peer.train()
 
 
 def show_step(name: str, results: dict, with_optimizer: bool) -> None:
@@ -331,12 +348,16 @@ def show_step(name: str, results: dict, with_optimizer: bool) -> None:
 def measure_steps(chosen: list[str]) -> dict:
     rows = {}
     if "step" in chosen:
-        rows["tiny"] = measure_step("config.yaml's sizes", tiny_config(), 16, with_optimizer=True)
+        rows["tiny"] = measure_step("config.yaml's sizes", loud_model(tiny_config()), 16, with_optimizer=True)
     for part, vocab in (("step", 16384), ("full", 151936)):
         if part in chosen:
             gc.collect()                     # the models before are large
             name = f"Whisper-base and 4 layers of Qwen2.5-0.5B, vocabulary {vocab}"
-            rows[name] = measure_step(name, base_config(vocab), 4, with_optimizer=False)
+            rows[name] = measure_step(name, loud_model(base_config(vocab)), 4, with_optimizer=False)
+    if "real" in chosen:
+        gc.collect()
+        name = "Whisper-tiny.en and SmolLM2-135M-Instruct"
+        rows[name] = measure_step(name, real_model(os.environ["REAL_WEIGHTS"]), 8, with_optimizer=True)
     return rows
 
 

@@ -35,7 +35,7 @@ TINY = [
     "train.eval_samples=4",
     "train.workers=0",
     "train.save_every=2",
-    "train.optimizer=adamw",
+    "train.stage.optimizer=adamw",
     "bench.max_tokens=4",
     "run=t"]
 MIX = "{interleaved: 0.4, tasks: 0.3, text: 0.3}"
@@ -197,7 +197,7 @@ def test_two_ranks_with_muon(runner, many, twenty, tmp_path):
     """Muon rounds to bfloat16: ids and first gradients agree, then the weights drift."""
     folders = [tmp_path / "1", tmp_path / "2"]
     for world, folder in enumerate(folders, 1):
-        done = runner(folder, *many, stages(5), "train.optimizer=muon", world=world)
+        done = runner(folder, *many, stages(5), "train.stage.optimizer=muon", world=world)
         assert done["codes"] == [0] * world
         assert metrics(folder, "batch") == metrics(twenty, "batch")[:5]
     one, two = (tensors(folder, 1, "optim.momentum_buffer.") for folder in folders)
@@ -213,7 +213,7 @@ def test_a_hearing_stage_leaves_the_llm_as_it_was(runner, many, tmp_path):
     hear = ("{hear: {ctc: true, ctc_classes: 40, steps: 6, mix: {tasks: 1.0}, packs: 2, lr: 1.0e-2, muon_lr: 0.05, "
             "lr_scale: {encoder: 1.0, adapter: 1.0, llm: 0.0}}}")
     given = next(argument for argument in many if argument.startswith("model.from="))
-    done = runner(tmp_path, given, f"train.stages={hear}", "train.optimizer=muon", world=2)
+    done = runner(tmp_path, given, f"train.stages={hear}", "train.stage.optimizer=muon", world=2)
     assert done["codes"] == [0, 0], done
     before = load_file(Path(given.removeprefix("model.from=")) / "model.safetensors")
     after = load_file(tmp_path / "runs/t/model/model.safetensors")
