@@ -94,7 +94,7 @@ IGNORE = -100                                # label of a position without loss,
 # together, so they cannot drift apart. Dialogues are written as the LLM's own chat template writes them.
 # --------------------------------------------------------------------------------------------------
 
-AUDIO, AUDIO_BOS, AUDIO_EOS = AUDIO_TOKENS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
+AUDIO, AUDIO_BOS, AUDIO_EOS = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"         # Qwen2-Audio's
 TURN, TURN_END = "<|im_start|>", "<|im_end|>"                           # ChatML's, as in Qwen and SmolLM2
 END, LLAMA_END = "<|endoftext|>", "<|end_of_text|>"                     # of a document; no template has it
 
@@ -119,9 +119,11 @@ class Tokenizer:
     """Text to ids, piece by piece. Special tokens that occur inside a text are read as plain text.
 
     audio, audio_bos, audio_eos   ids of the audio tokens
-    opening                       ids that begin a document: Llama's <|begin_of_text|>, else none
+    opening                       ids that begin a text that is no dialogue: <|begin_of_text|> in Llama 3
     end, turn_end                 ids that end a document, and the assistant's turn; `stops` are both
-    trims                         whether the chat template drops a line break at a turn's end (Llama 3)
+    template                      the chat template by which dialogues are written, clips included
+    trims                         whether it drops a line break at a turn's end (Llama 3)
+    digest                        of all that turns text into ids
     """
 
     def __init__(self, hf: PreTrainedTokenizerFast):
@@ -129,20 +131,29 @@ class Tokenizer:
         self.backend = hf.backend_tokenizer
         self.backend.encode_special_tokens = True
         self.digest = sha256(self.backend.to_str().encode()).hexdigest()
-        template = hf.chat_template or CHATML
-        self.template = template if template.startswith(HEARING) else HEARING + template
-        self.audio, self.audio_bos, self.audio_eos = hf.convert_tokens_to_ids(list(AUDIO_TOKENS))
-        self.opening = hf("").input_ids
-        ends = [name for name in (END, LLAMA_END) if name in hf.get_vocab()]
-        self.end = hf.convert_tokens_to_ids(ends[0]) if ends else hf.eos_token_id
+        if self.decode(self("a") + self("b")) != "ab":
+            raise UserError(f"The tokenizer of {hf.name_or_path} puts a space before every piece of text, so "
+                            "speech cannot be put between pieces; take an LLM with byte-level BPE (Qwen, "
+                            "SmolLM2, Llama 3).")
+        self.audio, self.audio_bos, self.audio_eos = hf.convert_tokens_to_ids([AUDIO, AUDIO_BOS, AUDIO_EOS])
+        self.opening = self.backend.encode("").ids
+        template = hf.get_chat_template() if hf.chat_template else CHATML          # of several, the default
+        self.template = template if template.startswith(NUMBERED_CLIPS) else NUMBERED_CLIPS + template
+        hf.chat_template = self.template     # an export's tokenizer and processor share one file of it
         special = [i for i, token in hf.added_tokens_decoder.items() if token.special]
-        after_answer = self.markup(("user", "assistant"), False)[-1]
+        *_, before_answer, after_answer = self.markup(("user", "assistant"), False)
         self.turn_end = next((i for i in after_answer if i in special), None)
         if self.turn_end is None:
             raise UserError(f"The chat template of {hf.name_or_path} ends the assistant's turn by no special "
-                            "token, so nothing says when to stop; take an instruct model whose template does.")
+                            "token, so nothing says when to stop; take a model whose template does.")
+        if self.markup(("user",), True)[-1] != before_answer:
+            raise UserError(f"The chat template of {hf.name_or_path} asks for an answer otherwise than it "
+                            "writes one (does the model think aloud?); take a model whose template does not.")
+        ends = [name for name in (END, LLAMA_END) if name in hf.get_vocab()]
+        self.end = hf.convert_tokens_to_ids(ends[0]) if ends else self.turn_end
         self.stops = [self.turn_end, self.end]
-        self.trims = "\x02\n" not in self.written([{"role": "user", "content": "\x02\n"}], False)
+        self.trims = "\x02\n" not in self.rendered([{"role": "user", "content": "\x02\n"}], False)
+        self.markup = lru_cache(maxsize=1000)(self.markup)              # dialogues have few forms
 
     def __call__(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids if text else []
@@ -150,27 +161,28 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=False)
 
-    @lru_cache(maxsize=1000)
     def markup(self, roles: tuple[str, ...], reply: bool) -> list[list[int]]:
         """Ids of what the chat template writes before, between and after a dialogue's messages.
 
         roles: of the messages; reply: end with the opening of the assistant's turn
-        -> len(roles) + 1 lists; in ChatML, which puts a system turn before a dialogue that has none,
-           markup(("user",), True) is "<|im_start|>system … <|im_start|>user\\n" and
-           "<|im_end|>\\n<|im_start|>assistant\\n"
+        -> len(roles) + 1 lists. In ChatML, which puts a system turn before a dialogue that has none,
+           markup(("user", "assistant", "user"), True) is
+               <|im_start|>system … <|im_start|>user\\n
+               <|im_end|>\\n<|im_start|>assistant\\n
+               <|im_end|>\\n<|im_start|>user\\n          of which the assistant's end is a target, no more
+               <|im_end|>\\n<|im_start|>assistant\\n
         """
         messages = [{"role": role, "content": f"\x02{i}\x03"} for i, role in enumerate(roles)]
-        text = self.written(messages, reply)
-        pieces = re.split("\x02\\d+\x03", text)
-        if len(pieces) != len(roles) + 1:
-            raise UserError(f"The chat template of {self.hf.name_or_path} leaves out a turn of the dialogue "
-                            f"{', '.join(roles)}; change or drop those dialogues.")
+        pieces = re.split("\x02(\\d+)\x03", self.rendered(messages, reply))                # markup, number, …
+        if pieces[1::2] != [str(i) for i in range(len(roles))]:
+            raise UserError(f"The chat template of {self.hf.name_or_path} does not write the turns of a "
+                            f"dialogue ({', '.join(roles)}) once each and in order; change or drop those.")
         self.backend.encode_special_tokens = False
-        ids = [self(piece) for piece in pieces]
+        ids = [self(piece) for piece in pieces[::2]]
         self.backend.encode_special_tokens = True
         return ids
 
-    def written(self, messages: list[dict], reply: bool) -> str:
+    def rendered(self, messages: list[dict], reply: bool) -> str:
         """A dialogue as the chat template writes it."""
         try:
             return self.hf.apply_chat_template(messages, chat_template=self.template, tokenize=False,
@@ -230,7 +242,8 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
                 put(tok(text), False)
             else:
                 put_speech(part, in_dialogue)
-                if in_dialogue and not (tok.trims and part is parts[-1]):
+                cut_off = tok.trims and part is parts[-1]               # so transformers would write it
+                if in_dialogue and not cut_off:
                     put(tok("\n"), False)
 
     if sample["parts"]:
@@ -244,7 +257,8 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
         put(markup[0], False)
         for message, after in zip(messages, markup[1:]):
             put_parts(message["content"], in_dialogue=True)
-            targets = after.index(tok.turn_end) + 1 if message["role"] == "assistant" else 0
+            ends = message["role"] == "assistant" and tok.turn_end in after
+            targets = after.index(tok.turn_end) + 1 if ends else 0
             put(after[:targets], True)
             put(after[targets:], False)
 
@@ -637,12 +651,12 @@ def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]
               classes: Tensor | None = None) -> Tensor:
     """Summed nats of each clip's words (their tokens) by CTC (Graves et al. 2006). <|AUDIO|> is the blank.
 
-    Encoder, adapter and the LLM without its blocks say, vector by vector, which token they hear: the one whose
-    embedding fits best, so a word heard comes to lie near the same word read. A clip with more tokens than
-    vectors adds nothing.
+    Encoder, adapter and the LLM without its blocks say, vector by vector, which token they hear: the one
+    whose embedding fits best, so a word heard comes to lie near the same word read. A clip with more tokens
+    than vectors adds nothing.
 
-    classes: (n,) ids that compete with the words' own tokens; None: the whole vocabulary, of which an LLM's is
-    so large that it takes two thirds of the time
+    classes: (n,) ids that compete with the tokens of all these clips' words; so the loss depends a little on
+    what else is in the pass. None: the whole vocabulary, which for an LLM's takes two thirds of the time
     """
     heard = model.language_model.model.norm(model.hear(waveforms).float())              # (positions, d)
     lengths = [audio_positions(len(w)) for w in waveforms]
@@ -652,7 +666,7 @@ def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]
     if classes is not None:
         classes = torch.cat([classes, targets, blank]).unique()
         table = table[classes.to(table.device)]
-        targets = torch.searchsorted(classes, targets)
+        targets = torch.searchsorted(classes, targets)                  # the ids' places among the classes
         blank = torch.searchsorted(classes, blank)
     logits = F.linear(heard, table).float().log_softmax(1).split(lengths)
     logits = nn.utils.rnn.pad_sequence(logits, batch_first=True).transpose(0, 1)        # (longest, clips, V)
@@ -751,14 +765,14 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
         progress.stage_step += 1
         progress.targets += totals["targets"]
 
-        # From here on nothing is training: log, evaluate (but no gap of an LLM that has read no text yet),
-        # save.
+        # From here on nothing is training: log, evaluate (but no gap of an LLM that has read no text yet, or
+        # amid CTC, which lets norms grow), save.
         log.step(float(loss_sum), factor, norm, totals)
         done = progress.share(stage) >= 1
         if done and stage.ctc and not stage.lr_scale.get("llm", 1.0):
-            match_lengths(c, model, tok)
+            match_norms(c, model, tok, stage)
         reads_text = not stage.from_scratch or set(stage.mix) != {"tasks"}
-        if reads_text and (done or progress.step % c.train.eval_every == 0):
+        if reads_text and (done or progress.step % c.train.eval_every == 0 and not stage.ctc):
             log.point(evaluate(c, model, tok))
         if done or stop or progress.step % c.train.save_every == 0:
             save_run(c, model, tok, optimizers, progress, feed)
@@ -774,27 +788,39 @@ def freeze(model: InSerter, stage: Settings) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def first_samples(c: Settings, stage: Settings) -> Iterator[tuple[Path, int]]:
+    """(shard, number) of every sample in the first training shard of each of the stage's recipes."""
+    for name, share in stage.mix.items():
+        if share > 0:
+            path = Recipe(c, name, salt="").paths[0]
+            yield from ((path, number) for number in range(synth.read_index(path)["count"]))
+
+
 def frequent_tokens(c: Settings, tok: Tokenizer, stage: Settings) -> Tensor:
-    """The stage.ctc_classes most frequent tokens of what is spoken in the first shard of its first recipe."""
+    """The stage.ctc_classes most frequent tokens of what is spoken in the first shards: (n,) int64."""
     counts: Counter = Counter()
-    path = Recipe(c, next(iter(stage.mix)), salt="").paths[0]
-    for number in range(synth.read_index(path)["count"]):
+    for path, number in first_samples(c, stage):
         sample, _ = synth.read_sample(path, number)
-        for part in (part for parts in synth.parts_of(sample) for part in parts):
-            if part["role"] == "speech":
-                counts.update(word_tokens(part, tok))
-    return torch.tensor([i for i, _ in counts.most_common(stage.ctc_classes)])
+        for parts in synth.parts_of(sample):
+            for part in parts:
+                if part["role"] == "speech":
+                    counts.update(word_tokens(part, tok))
+    return torch.tensor([i for i, _ in counts.most_common(stage.ctc_classes)], dtype=torch.int64)
 
 
 @torch.no_grad()
-def match_lengths(c: Settings, model: InSerter, tok: Tokenizer) -> None:
-    """Scale the adapter: what is heard of dev clips becomes as long as the LLM's embeddings, on average.
+def match_norms(c: Settings, model: InSerter, tok: Tokenizer, stage: Settings) -> None:
+    """Scale the adapter: what is heard becomes as long as the LLM's embeddings, on average over 64 clips.
 
-    CTC looks at directions alone, so nothing holds the length meanwhile: it grows tenfold, and would drown
-    all else in the LLM's first blocks.
+    CTC looks at directions alone, so nothing holds the vectors' length meanwhile: it grows tenfold, and would
+    drown all else in the LLM's first blocks.
     """
-    samples = dev_samples(c, "tasks", c.train.eval_samples)
-    heard = model.hear([torch.from_numpy(clip) for _, clips in samples for clip in clips.values()])
+    clips: list[np.ndarray] = []
+    for path, number in first_samples(c, stage):
+        if len(clips) < 64:
+            clips += read_encoded(path, number, tok).clips
+    with mixed_precision(c):
+        heard = model.hear([torch.from_numpy(clip) for clip in clips]).float()
     table = model.language_model.model.embed_tokens.weight
     factor = table.norm(dim=1).mean() / heard.norm(dim=1).mean()
     for p in model.multi_modal_projector.parameters():
@@ -1221,7 +1247,7 @@ LLM_FAMILIES = ("qwen2", "qwen3", "llama")   # Qwen2.5 is called qwen2, SmolLM2 
 
 
 def fresh_model(c: Settings, tok: Tokenizer) -> InSerter:
-    """The model a run starts from: a Qwen2-Audio checkpoint, Whisper plus Qwen2, or random weights."""
+    """The model a run starts from: a Qwen2-Audio checkpoint, a Whisper and an LLM, or random weights."""
     m = c.model
     if m["from"]:
         return load_model(m["from"])
@@ -1322,7 +1348,7 @@ def load_model(source: str | Path) -> InSerter:
     return build(config, tensors, folder)
 
 
-def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], space: int,
+def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], model_id: int,
                 seed: int) -> InSerter:
     """InSerter from a Whisper and an LLM of LLM_FAMILIES; adapter and audio rows are fresh.
 
@@ -1330,9 +1356,9 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], spac
     are added to it as special tokens, in that order: 151646 to 151648 for Qwen2, as in Qwen2-Audio, but
     151665 to 151667 for Qwen2.5, which calls the former <|object_ref_start|> and so on. Their matrices are
     padded (151936 rows in the 0.5B), so the ids fall on rows that no text uses; past the end, rows are added.
-    Nothing ever trained the three rows. They start as that of the token `space`, a little apart: <|AUDIO|> is
-    what CTC hears between words, and LLMs read over spaces (of text with five fillers between words SmolLM2
-    understands most if they are spaces or commas, less if they are random rows).
+    Nothing ever trained the three rows. They start near the row `model_id`, which is best that of a space:
+    <|AUDIO|> is what CTC hears between words, and LLMs read over spaces (of text with five fillers between
+    words SmolLM2 understands most if they are spaces or commas, less if they are random rows).
     """
     hears, audio, _ = read_checkpoint(whisper, ("whisper",), transformers.WhisperModel)
     reads, text, folder = read_checkpoint(llm, LLM_FAMILIES, transformers.AutoModelForCausalLM)
@@ -1345,7 +1371,7 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], spac
     tensors = renamed(encoder, {"encoder.": "audio_tower."}) | renamed(text, {"": "language_model."})
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         if name in tensors:
-            tensors[name] = with_new_rows(tensors[name], audio_ids, space, name, seed)
+            tensors[name] = with_new_rows(tensors[name], audio_ids, model_id, name, seed)
             config.text_config.vocab_size = len(tensors[name])
     with torch.device("meta"):
         adapter = Adapter(config).state_dict(prefix="multi_modal_projector.")
@@ -1353,13 +1379,13 @@ def join_models(whisper: str | Path, llm: str | Path, audio_ids: list[int], spac
     return build(config, tensors, folder)
 
 
-def with_new_rows(matrix: Tensor, ids: list[int], like: int, name: str, seed: int) -> Tensor:
-    """The matrix (V, d), longer if an id lies past its end, with rows at `ids` near that of `like`."""
+def with_new_rows(matrix: Tensor, ids: list[int], model_id: int, name: str, seed: int) -> Tensor:
+    """The matrix (V, d), longer if an id lies past its end, with rows at `ids` near that of `model_id`."""
     rows = max(len(matrix), max(ids) + 1)
     width = matrix.shape[1]
     noise = initial_value(name, (len(ids), width), seed) * math.sqrt(width) * matrix.std()
     matrix = torch.cat([matrix, matrix.new_zeros(rows - len(matrix), width)])
-    matrix[ids] = matrix[like] + 0.1 * noise
+    matrix[ids] = matrix[model_id] + 0.1 * noise
     return matrix
 
 
@@ -1502,7 +1528,8 @@ def load_tokenizer(c: Settings) -> Tokenizer:
         if not hf.chat_template and TURN not in hf.get_vocab():
             raise UserError(f"The tokenizer of {source} has neither a chat template nor {TURN}, by which "
                             "dialogues could be written; take an instruct model that has them.")
-        hf.add_special_tokens({"extra_special_tokens": AUDIO_TOKENS}, replace_extra_special_tokens=False)
+        audio_tokens = {"extra_special_tokens": [AUDIO, AUDIO_BOS, AUDIO_EOS]}      # Qwen2-Audio's order
+        hf.add_special_tokens(audio_tokens, replace_extra_special_tokens=False)
         return Tokenizer(hf)
     folder = Path(c.data) / "tokenizer"
     if not folder.is_dir():
@@ -1956,10 +1983,9 @@ def open_run(c: Settings) -> None:
     folder = run_folder(c)
     if c.fresh and folder.exists():
         shutil.rmtree(folder)
-    if not any((folder / "state").glob("[0-9]*")):                      # nothing was trained with other settings
-        (folder / "config.yaml").unlink(missing_ok=True)
+    begun = any(folder.glob("state/[0-9]*")) or (folder / "model").exists()
     synth.same_settings(folder / "config.yaml", c, c.may_change,
-                        "choose another name with run=…, or start it anew with fresh=true")
+                        "choose another name with run=…, or start it anew with fresh=true", begun)
 
 
 def make_missing_shards(c: Settings, arguments: list[str]) -> None:
@@ -2108,7 +2134,7 @@ def replace_folder(aside: Path, folder: Path) -> None:
 
 
 def tidy(c: Settings, step: int) -> None:
-    """Forget what a killed process left: unfinished files, and metrics of steps after the state in use."""
+    """Forget what a killed process left: unfinished files, metrics that the state in use does not know."""
     folder = run_folder(c)
     for left in [*folder.glob(".*"), *folder.glob("state/.*")]:
         if left.is_dir():
@@ -2118,7 +2144,7 @@ def tidy(c: Settings, step: int) -> None:
     path = folder / "metrics.jsonl"
     if path.is_file():
         lines = path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if step and line.endswith(b"\n") and json.loads(line)["step"] <= step]
         synth.write_whole(path, *kept)
 
 
@@ -2243,6 +2269,7 @@ class Log:
         say(f"{self.progress.step:>7} | dev {values}")
         evaluating = time.perf_counter() - self.last                    # not counted as training time
         self.since += evaluating
+        self.begun += evaluating
 
     def write(self, row: dict) -> None:
         if self.rank == 0:
@@ -2256,7 +2283,7 @@ def step_flops(model: InSerter, pack: Pack) -> float:
     """Multiplications and additions of a step over a pack's real tokens and frames, forward and backward.
 
     A matrix takes two per entry and row; attention two products of L x L x width per clip, half of that where
-    causal. Nothing that is padded, recomputed or not a matrix product counts.
+    causal. Nothing that is padded, recomputed or not a matrix product counts; of CTC encoder and adapter do.
     """
     audio = model.config.audio_config
     text = model.config.text_config
@@ -2274,9 +2301,9 @@ def step_flops(model: InSerter, pack: Pack) -> float:
     llm_block = 2 * matrices * tokens.sum() + 2 * queries * (tokens ** 2).sum()
     adapter = 2 * text.hidden_size * d * heard
     head = 2 * text.hidden_size * text.vocab_size * pack.supervised
-    total = audio.encoder_layers * encoder_block + convolutions + adapter + head
-    if pack.word_ids is None:                   # CTC does without the LLM's blocks
-        total += text.num_hidden_layers * llm_block
+    total = audio.encoder_layers * encoder_block + convolutions + adapter
+    if pack.word_ids is None:
+        total += text.num_hidden_layers * llm_block + head
     return 3 * float(total)
 
 
@@ -2658,9 +2685,9 @@ def main(arguments: list[str]) -> None:
 # Data, all of it jinja2: chat templates, the page of `preview`, the model card
 # --------------------------------------------------------------------------------------------------
 
-# Before any LLM's own template: contents that are lists of texts and clips become texts, clips numbered as by
-# Qwen2-Audio. Qwen3 is asked not to think aloud, and Llama 3 is told one day for ever.
-HEARING = """{%- set ns = namespace(clips=0, text='', turns=[]) -%}
+# Put before any LLM's own template: contents that are lists of texts and clips become texts, clips numbered
+# as by Qwen2-Audio. Qwen3 is asked not to think aloud, and Llama 3 is told one day for ever.
+NUMBERED_CLIPS = """{%- set ns = namespace(clips=0, text='', turns=[]) -%}
 {%- for message in messages -%}
 {%- if message.content is string -%}{%- set ns.text = message.content -%}{%- else -%}
 {%- set ns.text = '' -%}

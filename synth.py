@@ -1502,6 +1502,7 @@ def check_config(c: Settings) -> None:
         demand(c.train[key] >= 1, f"train.{key} must be at least 1, not {c.train[key]}.")
     recipes = [*c.synth.shards]
     for name, stage in c.train.stages.items():
+        demand(stage.ctc_classes >= 0, f"train.stages.{name}.ctc_classes must be at least 0.")
         demand(stage.optimizer in ("adamw", "muon"),
                f"train.stages.{name}.optimizer must be adamw or muon, not {stage.optimizer!r}.")
         one_length = (stage.steps is None) != (stage.tokens is None)

@@ -119,13 +119,13 @@ def main(arguments):
     files = [argument for argument in arguments if "=" not in argument]
     c = synth.load_config([argument for argument in arguments if "=" in argument])
     after, tok = inserter.load_run(c)
-    before = inserter.fresh_model(c, inserter.load_tokenizer(c)).eval()
+    before = inserter.fresh_model(c, inserter.load_tokenizer(c)).to(inserter.device_here()).eval()
     everyday = questions()
     typed = {name: asked(model, tok, [question for question, _ in everyday])
              for name, model in (("before", before), ("after", after))}
     pairs = list(zip(typed["before"], typed["after"]))
     result = {
-        "command": "python tests/everyday.py " + " ".join(argument for argument in arguments if "." not in argument),
+        "command": "python tests/everyday.py " + " ".join(arguments),
         "questions": len(everyday),
         "same answer": sum(a == b for a, b in pairs) / len(pairs),
         "right before": sum(is_right(a, wanted) for a, (_, wanted) in zip(typed["before"], everyday)) / len(everyday),

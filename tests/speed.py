@@ -315,7 +315,7 @@ def loud_model(config: Qwen2AudioConfig) -> inserter.InSerter:
 
 
 def real_model(folder: str) -> inserter.InSerter:
-    """Whisper and SmolLM2 joined, untied."""
+    """Whisper and SmolLM2 joined; untied, for transformers' Qwen2-Audio ties nothing."""
     c = synth.load_config([f"model.encoder={folder}/whisper-tiny.en", f"model.llm={folder}/smollm2-135m-instruct"])
     model = inserter.fresh_model(c, inserter.load_tokenizer(c))
     model.language_model.lm_head.weight = nn.Parameter(model.language_model.lm_head.weight.detach().clone())
@@ -358,6 +358,7 @@ def measure_steps(chosen: list[str]) -> dict:
         gc.collect()
         name = "Whisper-tiny.en and SmolLM2-135M-Instruct"
         rows[name] = measure_step(name, real_model(os.environ["REAL_WEIGHTS"]), 8, with_optimizer=True)
+        rows[name]["command"] = "REAL_WEIGHTS=FOLDER python tests/speed.py real"
     return rows
 
 

@@ -4,6 +4,7 @@ The tests are meant to be read: the first section spells out the loss mask of ev
 """
 import base64
 import doctest
+import itertools
 import json
 import math
 import random
@@ -17,9 +18,10 @@ import pytest
 import soundfile
 import torch
 from conftest import SMALL
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.qwen2_audio.processing_qwen2_audio import Qwen2AudioProcessor
 
 import inserter as M
@@ -409,8 +411,9 @@ def tokenizer_with(template: str, c: Settings) -> M.Tokenizer:
     return M.Tokenizer(hf)
 
 
-@pytest.mark.parametrize("template", [LLAMA, THINKING, WORDS])
-@pytest.mark.parametrize("sample", DIALOGUES[:3])
+@pytest.mark.parametrize("sample, template", [
+    *itertools.product(DIALOGUES, [LLAMA, THINKING]),
+    *itertools.product(DIALOGUES[:3], [WORDS])])
 def test_dialogues_are_written_by_the_llms_own_template(c, sample, template):
     """So it is rendered by transformers, whole; and the targets are the answers with what ends them."""
     tok = tokenizer_with(template, c)
@@ -437,8 +440,36 @@ def test_a_dialogue_that_the_template_refuses_is_named(c):
         M.encode(DIALOGUES[3], CLIPS, tokenizer_with(WORDS, c))
     with pytest.raises(synth.UserError, match="ends the assistant's turn by no special token"):
         tokenizer_with("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", c)
-    with pytest.raises(synth.UserError, match="leaves out a turn of the dialogue"):
-        tokenizer_with("{% for m in messages[1:] %}<|turn|>{{ m.content }}<|over|>{% endfor %}", c)
+    for turns in ("messages[1:]", "messages | reverse", "messages + messages[:1]"):
+        with pytest.raises(synth.UserError, match="does not write the turns of a dialogue .user, assistant. once"):
+            tokenizer_with(f"{{% for m in {turns} %}}<|turn|>{{{{ m.content }}}}<|over|>{{% endfor %}}", c)
+    aloud = LLAMA.replace("assistant<|say|>\n\n{% endif", "assistant<|say|>\n\n<think>{% endif")
+    with pytest.raises(synth.UserError, match="asks for an answer otherwise than it writes one"):
+        tokenizer_with(aloud, c)
+
+
+def test_of_several_templates_the_default_one_counts(c, tmp_path):
+    tok = tokenizer_with({"default": LLAMA, "tool_use": WORDS}, c)
+    assert M.encode(DIALOGUES[0], CLIPS, tok).ids == M.encode(DIALOGUES[0], CLIPS, tokenizer_with(LLAMA, c)).ids
+    M.save_processor(M.fresh_model(c, tok).config, tok, tmp_path)
+    again = M.Tokenizer(AutoTokenizer.from_pretrained(tmp_path))
+    assert again.template == tok.template == AutoProcessor.from_pretrained(tmp_path).chat_template
+    assert M.encode(DIALOGUES[0], CLIPS, again).ids == M.encode(DIALOGUES[0], CLIPS, tok).ids
+
+
+def test_a_tokenizer_that_puts_spaces_before_pieces_is_refused(c):
+    hf = AutoTokenizer.from_pretrained(Path(c.data) / "tokenizer")
+    hf.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    with pytest.raises(synth.UserError, match="puts a space before every piece of text"):
+        M.Tokenizer(hf)
+
+
+def test_special_tokens_in_a_text_stay_text_whatever_transformers_did_before(c):
+    tok = tokenizer_with(LLAMA, c)
+    before = tok("say <|over|>")
+    tok.hf.backend_tokenizer.encode_special_tokens = True
+    tok.markup(("user", "system", "user"), True)
+    assert tok("say <|over|>") == before and tok.turn_end not in before
 
 
 def test_the_tokenizer_opens_in_transformers(c, tok):

@@ -215,12 +215,16 @@ def test_a_hearing_stage_leaves_the_llm_as_it_was(runner, many, tmp_path):
     given = next(argument for argument in many if argument.startswith("model.from="))
     done = runner(tmp_path, given, f"train.stages={hear}", "train.stage.optimizer=muon", world=2)
     assert done["codes"] == [0, 0], done
+    lines = (tmp_path / "runs/t/metrics.jsonl").read_text().splitlines()
+    assert [row["step"] for row in map(json.loads, lines) if "eval" in row] == [0, 6]     # before and after
     before = load_file(Path(given.removeprefix("model.from=")) / "model.safetensors")
     after = load_file(tmp_path / "runs/t/model/model.safetensors")
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith("language_model"))
     assert distance(after["audio_tower.conv1.weight"], before["audio_tower.conv1.weight"]) > 0.003
     c = synth.load_config(runner.settings(given))
-    clips = [clip for _, clips in inserter.dev_samples(c, "tasks", 4) for clip in clips.values()]
+    tok = inserter.load_tokenizer(c)
+    path = inserter.Recipe(c, "tasks", "").paths[0]
+    clips = [clip for number in range(64) for clip in inserter.read_encoded(path, number, tok).clips]
     with torch.no_grad():
         heard = inserter.load_model(tmp_path / "runs/t/model").hear(list(map(torch.from_numpy, clips)))
     embedded = after["language_model.model.embed_tokens.weight"]
@@ -230,7 +234,7 @@ def test_a_hearing_stage_leaves_the_llm_as_it_was(runner, many, tmp_path):
 def test_the_classes_of_a_hearing_stage_are_the_most_frequent_tokens(runner):
     c = synth.load_config(runner.settings())
     tok = inserter.load_tokenizer(c)
-    stage = synth.Settings(c.train.stage | {"ctc_classes": 5, "mix": {"tasks": 1.0}})
+    stage = synth.Settings(c.train.stage | {"ctc_classes": 5, "mix": {"text": 0.5, "tasks": 0.5, "chat": 0.0}})
     path, counts = inserter.Recipe(c, "tasks", "").paths[0], Counter()
     for number in range(synth.read_index(path)["count"]):
         counts.update(i for ids in inserter.read_encoded(path, number, tok).word_ids for i in ids)
