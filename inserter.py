@@ -20,6 +20,7 @@ Samples are packed end to end, without padding; attention stays inside a sample 
     python inserter.py preview=8                          preview.html: hear samples, see ids and labels
     python inserter.py ask=question.wav                   answer a spoken question
     python inserter.py ask="what colour is the sun"       or a typed one
+    python inserter.py write=own.jsonl                    let the LLM write dialogues: a corpus for synth.py
 
 Legend  T positions of a pack   d width   Hq, Hkv query and key-value heads   D head size   V vocabulary
         N, F, L  frames of a clip, frames computed of it (N and two of context), convolution outputs
@@ -1592,10 +1593,13 @@ Prompt = tuple[Tensor, list[Tensor]]     # ids (n,) int64 with their <|AUDIO|> p
 
 @torch.no_grad()
 def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_ids: list[int],
-             banned_ids: list[int]) -> list[tuple[list[int], bool]]:
-    """Greedy answers to prompts of any lengths, all at once; the result does not depend on the company.
+             banned_ids: list[int], temperature: float = 0.0,
+             generators: list[torch.Generator] | None = None) -> list[tuple[list[int], bool]]:
+    """Answers to prompts of any lengths, all at once; the result does not depend on the company.
 
     stop_ids end an answer and are not part of it; banned_ids are never chosen, nor is <|AUDIO|>.
+    temperature: 0 is greedy; above, tokens are drawn from softmax(logits / temperature), those of each prompt
+    by its own random generator (on the CPU)
     -> list of (ids of the answer, truncated: no stop id came within max_new_tokens)
     """
     h, cache = read_prompts(model, prompts, max_new_tokens)                             # (B, d)
@@ -1607,6 +1611,8 @@ def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_i
     for new in range(1, max_new_tokens + 1):
         logits = model.language_model.lm_head(h)                                        # (B, V)
         logits[:, banned] = -torch.inf
+        if temperature:
+            logits = perturbed(logits.float() / temperature, [generators[prompt] for prompt in present])
         tokens = logits.argmax(1)
         rows = []                                                       # those that go on
         for row, token in enumerate(tokens.tolist()):
@@ -1626,6 +1632,12 @@ def generate(model: InSerter, prompts: list[Prompt], max_new_tokens: int, stop_i
         h = model.language_model(x, cache.lengths, cache.step, False)
         cache.lengths = cache.lengths + 1
     return list(zip(answers, running))
+
+
+def perturbed(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Logits (B, V) with Gumbel noise, each row's by its own generator: argmax then draws from softmax."""
+    waits = [torch.empty(logits.shape[1]).exponential_(generator=generator) for generator in generators]
+    return logits - torch.stack(waits).to(logits.device).log()
 
 
 def read_prompts(model: InSerter, prompts: list[Prompt], room: int) -> tuple[Tensor, Cache]:
@@ -1679,9 +1691,12 @@ class Cache:
         self.layers = [[kept[rows] for kept in pair] for pair in self.layers]
 
 
-def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens: int,
-             batch: int) -> list[tuple[str, bool]]:
-    """Greedy continuations of prompts, in batches of similar length: (text, truncated) each."""
+def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens: int, batch: int,
+             temperature: float = 0.0) -> list[tuple[str, bool]]:
+    """Continuations of prompts, in batches of similar length: (text, truncated) each.
+
+    Greedy ones, or drawn at a temperature; then a prompt's name is the seed of its continuation.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     done: dict[int, tuple[str, bool]] = {}
     device = next(model.parameters()).device
@@ -1692,8 +1707,9 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens
         for i in chosen:
             clips = [torch.from_numpy(clip) for clip in prompts[i].clips]
             asked.append((torch.tensor(prompts[i].ids), clips))
+        generators = [torch.Generator().manual_seed(zlib.crc32(prompts[i].name.encode())) for i in chosen]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            answers = generate(model, asked, max_tokens, tok.stops, banned)
+            answers = generate(model, asked, max_tokens, tok.stops, banned, temperature, generators)
         for i, (ids, truncated) in zip(chosen, answers):
             done[i] = tok.decode(ids), truncated
     return [done[i] for i in range(len(prompts))]
@@ -1750,6 +1766,50 @@ def ask(c: Settings) -> str:
     model, tok = load_run(c)
     (text, _), = answer(model, tok, [question], c.bench.max_tokens, 1)
     return text
+
+
+def write(c: Settings) -> str:
+    """Let the model that a run starts from write dialogues into the file c.write, an ordinary corpus.
+
+    Its own questions and answers, or answers to the first user turns of the corpus write_to. What has no end
+    within write_tokens, or no words, is left out. A stopped run goes on behind the file's last line.
+    -> what was written, in a sentence
+    """
+    tok = load_tokenizer(c)
+    model = fresh_model(c, tok).to(device_here()).eval()
+    opening = tok.markup(("user",), False)[0]
+    asked = [document["messages"] for document in synth.user_corpus(c.write_to)
+             if "messages" in document] if c.write_to else []
+    wanted = min(c.write_documents, len(asked)) if c.write_to else c.write_documents
+    path = Path(c.write)
+    last = path.read_text("utf-8").splitlines()[-1:] if path.is_file() else []
+    first = json.loads(last[0])["number"] + 1 if last else 0
+    kept = 0
+
+    def written(kind: str, prompts: dict[int, list[int]]) -> dict[int, str]:
+        """{number: continuation} of those that end and say something."""
+        encoded = [Encoded(f"{c.seed} {kind} {number}", ids, [], [], []) for number, ids in prompts.items()]
+        texts = complete(model, tok, encoded, c.write_tokens, c.bench.batch, c.write_temperature)
+        return {number: text.strip() for number, (text, truncated) in zip(prompts, texts)
+                if text.strip() and not truncated}
+
+    with open(path, "a", encoding="utf-8") as file:
+        for numbers in batches(list(range(first, wanted)), c.bench.batch):
+            if c.write_to:
+                questions = {number: asked[number][0]["content"] for number in numbers}
+            else:
+                questions = written("question", {number: opening for number in numbers})
+            openings = {}
+            for number, question in questions.items():
+                turn = {"role": "user", "content": [synth.text_part(question, False)]}
+                openings[number] = encode({"parts": None, "messages": [turn]}, {}, tok, reply=True).ids
+            for number, reply in written("reply", openings).items():
+                turns = [("user", questions[number]), ("assistant", reply)]
+                messages = [{"role": role, "content": text} for role, text in turns]
+                file.write(json.dumps({"number": number, "messages": messages}, ensure_ascii=False) + "\n")
+                kept += 1
+            file.flush()
+    return f"{kept} dialogues of {wanted - first} tried are written to {path}"
 
 
 def preview(c: Settings) -> Path:
@@ -2675,6 +2735,8 @@ def main(arguments: list[str]) -> None:
     c = synth.load_config(arguments)
     if c.ask is not None:
         print(ask(c))
+    elif c.write is not None:
+        print(f"{write(c)}; train on them with synth.corpus={c.write}.")
     elif c.preview is not None:
         print(f"{preview(c)} is written; open it in a browser.")
     else:

@@ -3,6 +3,7 @@
 The tests are meant to be read: the first section spells out the loss mask of every recipe.
 """
 import base64
+import copy
 import doctest
 import itertools
 import json
@@ -402,7 +403,7 @@ WORDS = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception(
 
 def tokenizer_with(template: str, c: Settings) -> M.Tokenizer:
     """The tests' tokenizer with other special tokens and a chat template; <|start|> begins its documents."""
-    hf = AutoTokenizer.from_pretrained(Path(c.data) / "tokenizer")
+    hf = M.load_tokenizer(c).hf
     hf.add_special_tokens({"bos_token": "<|start|>", "extra_special_tokens": ["<|turn|>", "<|say|>", "<|over|>"]},
                           replace_extra_special_tokens=False)
     start = [("<|start|>", hf.bos_token_id)]
@@ -458,7 +459,7 @@ def test_of_several_templates_the_default_one_counts(c, tmp_path):
 
 
 def test_a_tokenizer_that_puts_spaces_before_pieces_is_refused(c):
-    hf = AutoTokenizer.from_pretrained(Path(c.data) / "tokenizer")
+    hf = M.load_tokenizer(c).hf
     hf.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
     with pytest.raises(synth.UserError, match="puts a space before every piece of text"):
         M.Tokenizer(hf)
@@ -864,6 +865,57 @@ def test_the_model_cards_code_answers_as_we_do(c, tok, model, tmp_path, monkeypa
     for name in map(str, tok.hf.added_tokens_decoder.values()):
         ours = ours.replace(name, "")
     assert capsys.readouterr().out == ours + "\n"
+
+
+@pytest.fixture
+def writer(c, tok, model, tmp_path):
+    """Settings with which a loud random model, whose turns end by and by, writes."""
+    ending = copy.deepcopy(model)
+    ending.language_model.lm_head.weight.data[tok.turn_end] *= 4
+    M.save_model(ending, tmp_path / "model")
+    M.save_processor(model.config, tok, tmp_path / "model")
+    base = Settings(c.model | {"from": str(tmp_path / "model")})
+    return Settings(c | {"model": base, "write": str(tmp_path / "own.jsonl"), "write_documents": 12,
+                         "write_tokens": 300, "write_temperature": 20.0})
+
+
+def test_an_llm_writes_dialogues_and_a_stopped_run_goes_on(writer, tmp_path):
+    """The same lines whether in one go, in two, or in other batches; the lines are a corpus."""
+    said = M.write(writer)
+    whole = Path(writer.write).read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert 3 < len(rows) <= 12 and said.startswith(f"{len(rows)} dialogues of 12 tried")
+    assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
+    again = Settings(writer | {"write": str(tmp_path / "again.jsonl"), "bench": Settings(writer.bench | {"batch": 5})})
+    M.write(Settings(again | {"write_documents": 6}))
+    part = Path(again.write).read_text()
+    M.write(again)
+    assert Path(again.write).read_text() == whole and whole.startswith(part) and part != whole
+    assert [document["messages"] for document in synth.user_corpus(writer.write)] == [row["messages"] for row in rows]
+
+
+def test_an_llm_answers_the_user_turns_of_a_corpus(writer, tok, tmp_path):
+    """At temperature 0 its answers are those that it gives when asked."""
+    model = M.load_model(writer.model["from"]).eval()
+    questions = [f"{ask} the {thing}?" for ask in ("where is", "who has", "is it", "say") for thing in ("ball", "cat")]
+    turns = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "no"}]}
+             for question in questions]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    M.write(Settings(writer | {"write_to": str(tmp_path / "asked.jsonl"), "write_temperature": 0.0}))
+    want = [(question, text.strip()) for question, (text, cut_off)
+            in zip(questions, M.answer(model, tok, questions, 300, 8)) if text.strip() and not cut_off]
+    assert want
+    rows = [json.loads(line)["messages"] for line in Path(writer.write).read_text().splitlines()]
+    assert [(row[0]["content"], row[1]["content"]) for row in rows] == want
+
+
+def test_drawn_tokens_follow_softmax():
+    """20,000 draws of one token: frequencies within four standard deviations of the probabilities."""
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(20000, 4)
+    generators = [torch.Generator().manual_seed(i) for i in range(len(logits))]
+    counts = torch.bincount(M.perturbed(logits, generators).argmax(1), minlength=4) / len(logits)
+    want = logits[0].softmax(0)
+    assert ((counts - want).abs() < 4 * (want * (1 - want) / len(logits)).sqrt()).all()
 
 
 def tone(seconds: float, rate: int) -> np.ndarray:
