@@ -85,7 +85,7 @@ def test_worked_examples():
     (["synth.rate=[1"], r"synth\.rate=\[1 is not valid YAML"),
     (["synth.share=0.1", "synth.share=0.2"], "synth.share is given twice"),
     (["preview"], "'preview' is not of the form key=value"),
-    (["profile=qwne"], "Unknown profile 'qwne'; config.yaml has tiny, small, qwen, paper"),
+    (["profile=qwne"], "Unknown profile 'qwne'; config.yaml has tiny, small, smol, qwen, paper"),
     (["config=none.yaml"], "no settings file none.yaml"),
     (["synth.shards.interleavd=3"], "Unknown recipe 'interleavd'.*nearest one is interleaved"),
     (["synth.share=1.5"], "synth.share is a share from 0 to 1"),
