@@ -1157,14 +1157,8 @@ def ask_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> list[dict]:
 
 
 def answered_keys(path: Path) -> set[str]:
-    """The rows answered so far. A last line that a kill left half-written is cut off."""
-    if not path.is_file():
-        return set()
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-    return {row["key"] for row in read_rows(path)} if whole else set()
+    """The rows answered so far, a half-written last one cut off."""
+    return {row["key"] for row in read_rows(path)} if synth.whole_lines(path) else set()
 
 
 def way(row: dict) -> tuple[int, int, str]:

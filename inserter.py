@@ -818,8 +818,9 @@ def match_norms(c: Settings, model: InSerter, tok: Tokenizer, stage: Settings) -
     """
     clips: list[np.ndarray] = []
     for path, number in first_samples(c, stage):
-        if len(clips) < 64:
-            clips += read_encoded(path, number, tok).clips
+        clips += read_encoded(path, number, tok).clips
+        if len(clips) >= 64:
+            break
     with mixed_precision(c):
         heard = model.hear([torch.from_numpy(clip) for clip in clips]).float()
     table = model.language_model.model.embed_tokens.weight
@@ -1718,12 +1719,14 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens
 def answer(model: InSerter, tok: Tokenizer, questions: list[str | np.ndarray], max_tokens: int,
            batch: int) -> list[tuple[str, bool]]:
     """Greedy answers to typed (str) and spoken ((samples,) float32 at 16 kHz) questions: (text, cut off)."""
-    prompts = []
-    for question in questions:
-        part = synth.text_part(question, False) if isinstance(question, str) else SPEECH
-        sample = {"parts": None, "messages": [{"role": "user", "content": [part]}]}
-        prompts.append(encode(sample, {SPEECH["audio"]: question}, tok, reply=True))
-    return complete(model, tok, prompts, max_tokens, batch)
+    return complete(model, tok, [asking(question, tok) for question in questions], max_tokens, batch)
+
+
+def asking(question: str | np.ndarray, tok: Tokenizer) -> Encoded:
+    """A typed or spoken question as a prompt."""
+    part = synth.text_part(question, False) if isinstance(question, str) else SPEECH
+    sample = {"parts": None, "messages": [{"role": "user", "content": [part]}]}
+    return encode(sample, {SPEECH["audio"]: question}, tok, reply=True)
 
 
 def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max_tokens: int,
@@ -1771,45 +1774,50 @@ def ask(c: Settings) -> str:
 def write(c: Settings) -> str:
     """Let the model that a run starts from write dialogues into the file c.write, an ordinary corpus.
 
-    Its own questions and answers, or answers to the first user turns of the corpus write_to. What has no end
-    within write_tokens, or no words, is left out. A stopped run goes on behind the file's last line.
+    Its own questions and answers, or answers to the first user turn of each dialogue of writing.to. What has
+    no end within writing.tokens, or no words, is left out. A stopped run goes on behind the last line.
     -> what was written, in a sentence
     """
     tok = load_tokenizer(c)
     model = fresh_model(c, tok).to(device_here()).eval()
     opening = tok.markup(("user",), False)[0]
-    asked = [document["messages"] for document in synth.user_corpus(c.write_to)
-             if "messages" in document] if c.write_to else []
-    wanted = min(c.write_documents, len(asked)) if c.write_to else c.write_documents
+    given = None
+    if c.writing.to:
+        given = list(itertools.islice(user_questions(c.writing.to), c.writing.documents))
+    wanted = c.writing.documents if given is None else len(given)
     path = Path(c.write)
-    last = path.read_text("utf-8").splitlines()[-1:] if path.is_file() else []
-    first = json.loads(last[0])["number"] + 1 if last else 0
+    lines = synth.whole_lines(path)
+    first = json.loads(lines[-1])["number"] + 1 if lines else 0
     kept = 0
 
     def written(kind: str, prompts: dict[int, list[int]]) -> dict[int, str]:
         """{number: continuation} of those that end and say something."""
         encoded = [Encoded(f"{c.seed} {kind} {number}", ids, [], [], []) for number, ids in prompts.items()]
-        texts = complete(model, tok, encoded, c.write_tokens, c.bench.batch, c.write_temperature)
+        texts = complete(model, tok, encoded, c.writing.tokens, c.bench.batch, c.writing.temperature)
         return {number: text.strip() for number, (text, truncated) in zip(prompts, texts)
                 if text.strip() and not truncated}
 
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         for numbers in batches(list(range(first, wanted)), c.bench.batch):
-            if c.write_to:
-                questions = {number: asked[number][0]["content"] for number in numbers}
-            else:
+            if given is None:
                 questions = written("question", {number: opening for number in numbers})
-            openings = {}
-            for number, question in questions.items():
-                turn = {"role": "user", "content": [synth.text_part(question, False)]}
-                openings[number] = encode({"parts": None, "messages": [turn]}, {}, tok, reply=True).ids
-            for number, reply in written("reply", openings).items():
+            else:
+                questions = {number: given[number] for number in numbers}
+            prompts = {number: asking(question, tok).ids for number, question in questions.items()}
+            for number, reply in written("reply", prompts).items():
                 turns = [("user", questions[number]), ("assistant", reply)]
                 messages = [{"role": role, "content": text} for role, text in turns]
                 file.write(json.dumps({"number": number, "messages": messages}, ensure_ascii=False) + "\n")
                 kept += 1
             file.flush()
     return f"{kept} dialogues of {wanted - first} tried are written to {path}"
+
+
+def user_questions(pattern: str) -> Iterator[str]:
+    """The first user turn of each dialogue of a corpus."""
+    for document in synth.user_corpus(pattern):
+        said = [turn["content"] for turn in document.get("messages", []) if turn["role"] == "user"]
+        yield from said[:1]
 
 
 def preview(c: Settings) -> Path:

@@ -842,6 +842,15 @@ def tar_member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to. A last line that a kill left half-written is cut off."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+    return data[:whole].splitlines()
+
+
 def write_whole(path: Path, *contents: bytes) -> None:
     """Write a file aside, flush it, rename it: it is whole or absent. UserError on a full disk."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -875,8 +875,12 @@ def writer(c, tok, model, tmp_path):
     M.save_model(ending, tmp_path / "model")
     M.save_processor(model.config, tok, tmp_path / "model")
     base = Settings(c.model | {"from": str(tmp_path / "model")})
-    return Settings(c | {"model": base, "write": str(tmp_path / "own.jsonl"), "write_documents": 12,
-                         "write_tokens": 300, "write_temperature": 20.0})
+    return Settings(with_writing(c, documents=12, tokens=300, temperature=20.0)
+                    | {"model": base, "write": str(tmp_path / "own.jsonl")})
+
+
+def with_writing(c: Settings, **changed: object) -> Settings:
+    return Settings(c | {"writing": Settings(c.writing | changed)})
 
 
 def test_an_llm_writes_dialogues_and_a_stopped_run_goes_on(writer, tmp_path):
@@ -887,8 +891,10 @@ def test_an_llm_writes_dialogues_and_a_stopped_run_goes_on(writer, tmp_path):
     assert 3 < len(rows) <= 12 and said.startswith(f"{len(rows)} dialogues of 12 tried")
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
     again = Settings(writer | {"write": str(tmp_path / "again.jsonl"), "bench": Settings(writer.bench | {"batch": 5})})
-    M.write(Settings(again | {"write_documents": 6}))
+    M.write(with_writing(again, documents=6))
     part = Path(again.write).read_text()
+    with open(again.write, "a") as file:                                # a kill in the middle of a line
+        file.write('{"number": 6, "mess')
     M.write(again)
     assert Path(again.write).read_text() == whole and whole.startswith(part) and part != whole
     assert [document["messages"] for document in synth.user_corpus(writer.write)] == [row["messages"] for row in rows]
@@ -898,10 +904,11 @@ def test_an_llm_answers_the_user_turns_of_a_corpus(writer, tok, tmp_path):
     """At temperature 0 its answers are those that it gives when asked."""
     model = M.load_model(writer.model["from"]).eval()
     questions = [f"{ask} the {thing}?" for ask in ("where is", "who has", "is it", "say") for thing in ("ball", "cat")]
-    turns = [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "no"}]}
+    turns = [{"messages": [{"role": role, "content": said} for role, said in
+                           (("system", "be brief"), ("user", question), ("assistant", "no"))]}
              for question in questions]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
-    M.write(Settings(writer | {"write_to": str(tmp_path / "asked.jsonl"), "write_temperature": 0.0}))
+    M.write(with_writing(writer, to=str(tmp_path / "asked.jsonl"), temperature=0.0))
     want = [(question, text.strip()) for question, (text, cut_off)
             in zip(questions, M.answer(model, tok, questions, 300, 8)) if text.strip() and not cut_off]
     assert want
