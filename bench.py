@@ -1054,18 +1054,11 @@ def speak(c: synth.Settings, rows: list[dict], folder: Path) -> list[float]:
             if "noise" in row:
                 rng = np.random.default_rng([c.seed, len(seconds)])
                 others = [clip for item, clip in clean.items() if item != row["item"]]
-                noise = noise_of(row["noise"]["kind"], len(waveform), others, rng)
-                waveform = mix(waveform, noise, row["noise"]["snr"])
+                noise = synth.noise_of(row["noise"]["kind"], len(waveform), others, rng)
+                waveform = synth.mix(waveform, noise, row["noise"]["snr"])
             write_clip(folder / row["audio_path"], waveform)
             seconds.append(round(len(waveform) / RATE, 3))
     return seconds
-
-
-def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
-    """(samples,) of both, with `snr` dB between them, never beyond full scale."""
-    speech, noise = map(torch.from_numpy, (speech, noise))
-    mixed = torchaudio.functional.add_noise(speech, noise, torch.tensor(snr))
-    return (mixed / max(1.0, float(mixed.abs().max()))).numpy()
 
 
 def write_clip(path: Path, waveform: np.ndarray) -> None:
@@ -1085,49 +1078,9 @@ def read_clip(path: Path) -> np.ndarray:
                         "fresh=true.") from None
 
 
-@functools.cache
 def noises(folder: str | None) -> list[str]:
-    """The kinds of noise in turn: our own, or the recordings of a folder."""
-    if folder is None:
-        return ["babble", "pink", "white"]
-    found = [str(path) for path in Path(folder).glob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg")]
-    if not found:
-        raise UserError(f"bench.noise={folder} holds no .wav, .flac or .ogg file; give a folder of "
-                        "recordings, or null.")
-    return sorted(found)
-
-
-def noise_of(kind: str, samples: int, clips: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """(samples,) float32: white, pink (power falls as 1/f), babble (other prompts' clips), or a recording."""
-    if kind == "white":
-        return rng.standard_normal(samples).astype(np.float32)
-    if kind == "pink":
-        spectrum = np.fft.rfft(rng.standard_normal(samples))
-        spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
-        return np.fft.irfft(spectrum, samples).astype(np.float32)
-    if kind == "babble":
-        total = np.zeros(samples, np.float32)
-        for i in rng.choice(len(clips), BABBLE_VOICES):
-            loudness = np.sqrt(np.mean(clips[i] ** 2))
-            total += np.roll(np.resize(clips[i] / loudness, samples), rng.integers(samples))
-        return total
-    recording = read_recording(kind)
-    repeated = np.resize(recording, max(samples, len(recording)))
-    return np.roll(repeated, rng.integers(len(recording)))[:samples]
-
-
-@functools.cache
-def read_recording(path: str) -> np.ndarray:
-    """A recording as (samples,) float32 at 16 kHz, channels averaged. UserError if it is broken or silent."""
-    try:
-        recording, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise UserError(f"The noise recording {path} cannot be read ({error}); remove it from "
-                        "bench.noise.") from None
-    recording = synth.to_16k([recording.mean(1)], rate)[0]
-    if not np.any(recording):
-        raise UserError(f"The noise recording {path} is empty or silent; remove it from bench.noise.")
-    return recording
+    """The kinds of noise in turn: babble, pink and white, or the recordings of a folder."""
+    return ["babble", "pink", "white"] if folder is None else synth.recordings(folder, "bench.noise")
 
 
 def ask_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> list[dict]:
@@ -1734,7 +1687,6 @@ WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2
 
 # What training never hears depends on these keys of the section synth: the voices.
 VOICE_KEYS = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")
-BABBLE_VOICES = 5
 
 # espeak's parameters are drawn from these ranges; without "timbres" these are any that training never hears.
 STYLES = {

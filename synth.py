@@ -25,7 +25,7 @@ A SAMPLE is what a shard holds and what inserter.py trains on, the same for ever
     messages   a dialogue in place of parts: [{"role": "user", "content": [parts]}, …], roles as in ROLES
     loss       whether the model learns to write this text, or only reads it; speech is never a target
     audio      the clip's file in the same shard: <id>.00.flac, 16 kHz mono, 16 bit
-    voice      the voice's id; `seconds` is the clip's length
+    voice      the voice's id; `seconds` is the clip's length; `noise`, where there is some: "babble 12 dB"
 
     recipe        a sample of it                                                      loss on
     interleaved   a document with spoken segments, or a dialogue with spoken turns    all text
@@ -52,6 +52,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import heapq
 import html
 import importlib
 import io
@@ -59,6 +60,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import operator
 import os
 import re
 import shutil
@@ -777,6 +779,83 @@ def to_16k(waveforms: list[np.ndarray], rate: int) -> list[np.ndarray]:
     return clips
 
 
+BABBLE_VOICES = 5
+
+
+def noise_of(kind: str, samples: int, clips: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """(samples,) float32 of noise, of any level.
+
+    kind: white; pink (power falls as 1/f); coloured (its power walks at random from octave to octave); babble
+    (five of the clips, which others said, at once); or the path of a recording, from anywhere in it.
+    """
+    if kind == "babble":
+        total = np.zeros(samples, np.float32)
+        for i in rng.choice(len(clips), BABBLE_VOICES):
+            loudness = np.sqrt(np.mean(clips[i] ** 2))
+            total += np.roll(np.resize(clips[i] / loudness, samples), rng.integers(samples))
+        return total
+    if kind in ("white", "pink", "coloured"):
+        spectrum = np.fft.rfft(rng.standard_normal(samples))
+        if kind == "pink":
+            spectrum /= np.sqrt(np.maximum(np.arange(len(spectrum)), 1))
+        if kind == "coloured":
+            levels = np.cumsum(rng.normal(-1.5, 6.0, 9))                # dB at 31.25 Hz, 62.5 Hz, … 8 kHz
+            hertz = np.linspace(0, RATE / 2, len(spectrum))
+            octaves = np.log2(np.maximum(hertz, 31.25) / 31.25)
+            spectrum *= 10 ** (np.interp(octaves, np.arange(9), levels) / 20)
+        return np.fft.irfft(spectrum, samples).astype(np.float32)
+    recording = read_recording(kind)
+    repeated = np.resize(recording, max(samples, len(recording)))
+    return np.roll(repeated, rng.integers(len(recording)))[:samples]
+
+
+def recordings(folder: str, key: str) -> list[str]:
+    """The sound files of a folder; UserError, which names the setting `key`, where there is none."""
+    found = [str(path) for path in Path(folder).glob("*") if path.suffix.lower() in (".wav", ".flac", ".ogg")]
+    demand(len(found) > 0, f"{key}={folder} holds no .wav, .flac or .ogg file; give a folder of recordings, "
+                           "or null.")
+    return sorted(found)
+
+
+@functools.lru_cache(maxsize=256)
+def read_recording(path: str) -> np.ndarray:
+    """A recording as (samples,) float32 at 16 kHz, channels averaged. UserError if it is broken or silent."""
+    try:
+        recording, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise UserError(f"The noise recording {path} cannot be read ({error}); remove it.") from None
+    recording = to_16k([recording.mean(1)], rate)[0]
+    demand(bool(np.any(recording)), f"The noise recording {path} is empty or silent; remove it.")
+    return recording
+
+
+def mix(speech: np.ndarray, noise: np.ndarray, snr: float) -> np.ndarray:
+    """(samples,) of both, with `snr` dB between them, never beyond full scale."""
+    speech, noise = map(torch.from_numpy, (speech, noise))
+    mixed = torchaudio.functional.add_noise(speech, noise, torch.tensor(snr))
+    return (mixed / max(1.0, float(mixed.abs().max()))).numpy()
+
+
+def lay_noise(parts: list[dict], settings: Settings, rng: np.random.Generator) -> None:
+    """Lay noise under a share of the parts' waveforms, and name it in the part; settings: synth.noise.
+
+    Half of it is the babble of other parts, half coloured; or recordings. bench.py tests with babble of
+    voices that training never hears, and with pink and white noise.
+    """
+    kinds = recordings(settings.folder, "synth.noise.folder") if settings.folder else ["babble", "coloured"]
+    clean = [part["waveform"] for part in parts]
+    for i, part in enumerate(parts):
+        if not np.any(clean[i]) or rng.random() >= settings.share:
+            continue
+        others = [clip for j, clip in enumerate(clean) if j != i and np.any(clip)]
+        kind = kinds[rng.integers(len(kinds))]
+        if kind == "babble" and not others:
+            kind = "coloured"
+        snr = rng.uniform(*settings.snr)
+        part["waveform"] = mix(clean[i], noise_of(kind, len(clean[i]), others, rng), snr)
+        part["noise"] = f"{Path(kind).stem} {snr:.0f} dB"
+
+
 def gate(waveform: np.ndarray, text: str, limits: Settings) -> str | None:
     """None if the clip ((n,) float32, 16 kHz) is fit to train on, else the reason. Limits: min_rms (of full
     scale), max_clipped (share of samples), chars_per_second [low, high], max_seconds.
@@ -982,14 +1061,31 @@ def write_corpus(c: Settings, folder: Path) -> dict:
 
 
 def split_documents(c: Settings) -> Iterator[tuple[str, dict]]:
-    """Pair each cleaned document with its split: the tiny world knows its own, other text goes by hash."""
+    """Each cleaned document with its split; those of several corpora mixed evenly, from first to last."""
+    corpora = [name.strip() for name in c.synth.corpus.split(",")]
+    if len(corpora) == 1:
+        yield from split_corpus(c, corpora[0])
+        return
+    for _, split, document in heapq.merge(*(placed(c, name) for name in corpora), key=operator.itemgetter(0)):
+        yield split, document
+
+
+def placed(c: Settings, name: str) -> Iterator[tuple[float, str, dict]]:
+    """One corpus's documents with their places between its beginning, 0, and its end, 1."""
+    count = sum(1 for _ in split_corpus(c, name))
+    for number, (split, document) in enumerate(split_corpus(c, name)):
+        yield (number + 0.5) / count, split, document
+
+
+def split_corpus(c: Settings, name: str) -> Iterator[tuple[str, dict]]:
+    """One corpus's documents: the tiny world knows their splits, other text is divided by hash."""
     settings = c.synth
-    if settings.corpus == "tiny":
+    if name == "tiny":
         for split, count in (("train", settings.documents), ("dev", settings.held_out_documents)):
             for document in tiny_world(c.seed, split, count, settings.facts):
                 yield split, document
         return
-    for document in user_corpus(settings.corpus):
+    for document in user_corpus(name):
         if "messages" in document:
             turns = document["messages"]
             turns = [{"role": turn["role"], "content": clean(turn["content"])} for turn in turns]
@@ -1086,7 +1182,7 @@ def user_corpus(pattern: str) -> Iterator[dict]:
     """Stream documents from *.txt files (blank lines between documents) and *.jsonl[.gz] files."""
     paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
     if not paths:
-        raise UserError(f"synth.corpus={pattern!r} matches no file; give a glob such as 'books/*.txt', "
+        raise UserError(f"synth.corpus: {pattern!r} matches no file; give a glob such as 'books/*.txt', "
                         "or tiny.")
     for path in paths:
         opener = gzip.open if path.endswith(".gz") else open
@@ -1193,6 +1289,8 @@ def speak(samples: list[dict], c: Settings, key: Key) -> None:
         waveforms, rate = load_engine(c.synth.engine)(texts, voices, seed)
         for part, waveform in zip(batch, to_16k(waveforms, rate)):
             part["waveform"] = waveform
+        if c.synth.noise.share:
+            lay_noise(batch, c.synth.noise, np.random.default_rng(seed))
 
 
 def finish_parts(parts: list[dict], files: dict[str, bytes], limits: Settings, counts: Counter) -> list[dict]:
@@ -1224,7 +1322,8 @@ def finish_speech(part: dict, files: dict[str, bytes], limits: Settings, counts:
     counts["speech words"] += count_words(text)
     counts["audio samples"] += len(waveform)
     seconds = round(len(waveform) / RATE, 3)
-    return {"role": "speech", "text": text, "audio": name, "seconds": seconds, "voice": voice["id"]}
+    heard = {"role": "speech", "text": text, "audio": name, "seconds": seconds, "voice": voice["id"]}
+    return heard | ({"noise": part["noise"]} if "noise" in part else {})
 
 
 def wanted_shards(c: Settings) -> list[Key]:
@@ -1507,6 +1606,8 @@ def check_config(c: Settings) -> None:
     """Refuse settings that contradict each other."""
     check_synth(c.synth)
     check_model(c.model)
+    demand(c.bench.noise is None or c.bench.noise != c.synth.noise.folder,
+           "bench.noise and synth.noise.folder are one folder: test with noises that training never hears.")
     for key in ("keep_states", "open_documents"):
         demand(c.train[key] >= 1, f"train.{key} must be at least 1, not {c.train[key]}.")
     recipes = [*c.synth.shards]
@@ -1522,6 +1623,8 @@ def check_config(c: Settings) -> None:
         near = closest(name, RECIPES)
         demand(name == near,
                f"Unknown recipe {name!r} in synth.shards or a stage's mix; the nearest one is {near}.")
+    demand(len(c.writing.tokens) == 2,
+           f"writing.tokens must be [of a question, of a reply], not {c.writing.tokens}.")
     demand(re.fullmatch(r"[\w.-]+", c.run) is not None, f"run={c.run!r} must be a plain folder name.")
     share_of(c.shard)
     demand(not (c.fresh and c.shard),
@@ -1538,9 +1641,11 @@ def check_synth(settings: Settings) -> None:
     for key in ("documents", "shard_documents", "max_document", "workers"):
         demand(settings[key] >= 1, f"synth.{key} must be at least 1, not {settings[key]}.")
     pairs = {"rate": settings.rate, "pitch": settings.pitch,
-             "gate.chars_per_second": settings.gate.chars_per_second}
+             "gate.chars_per_second": settings.gate.chars_per_second, "noise.snr": settings.noise.snr}
     for key, pair in pairs.items():
         demand(len(pair) == 2 and pair[0] <= pair[1], f"synth.{key} must be [lowest, highest], not {pair}.")
+    demand(0 <= settings.noise.share <= 1,
+           f"synth.noise.share is a share from 0 to 1, not {settings.noise.share}.")
     demand(len(settings.accents) > 0, "synth.accents is empty; name one at least, for example [en-us].")
     demand(settings.held_out.keys() == {"test", "dev"},
            f"synth.held_out needs the keys test and dev, not {', '.join(settings.held_out)}.")

@@ -200,7 +200,7 @@ def test_voices_and_accents_are_never_trained_on():
 
 @pytest.mark.parametrize("kind, slope", [("white", 0), ("pink", -1)])
 def test_noise_spectrum(kind, slope):
-    noise = bench.noise_of(kind, 1 << 16, [], np.random.default_rng(0))
+    noise = synth.noise_of(kind, 1 << 16, [], np.random.default_rng(0))
     power = np.abs(np.fft.rfft(noise)) ** 2
     low, high = power[500:1000].mean(), power[8000:16000].mean()
     assert noise.dtype == np.float32 and abs(np.log2(high / low) - slope * 4) < 0.3       # four octaves apart
@@ -358,8 +358,7 @@ def test_own_noise(folder):
     by_variant = results["closed"]["background noise"]["spoken"]["by variant"]
     assert set(by_variant) == {"street 20 dB", "street 10 dB", "street 5 dB"}
     soundfile.write("noise/silent.wav", np.zeros(100), 8000)
-    bench.read_recording.cache_clear()
-    bench.noises.cache_clear()
+    synth.read_recording.cache_clear()
     with pytest.raises(synth.UserError, match="silent.wav is empty or silent"):
         bench.main([*SMALL, "bench.noise=noise", "fresh=true"])
 

@@ -875,7 +875,7 @@ def writer(c, tok, model, tmp_path):
     M.save_model(ending, tmp_path / "model")
     M.save_processor(model.config, tok, tmp_path / "model")
     base = Settings(c.model | {"from": str(tmp_path / "model")})
-    return Settings(with_writing(c, documents=12, tokens=300, temperature=20.0)
+    return Settings(with_writing(c, documents=12, tokens=[300, 300], temperature=20.0)
                     | {"model": base, "write": str(tmp_path / "own.jsonl")})
 
 
@@ -920,7 +920,7 @@ def test_drawn_tokens_follow_softmax():
     """20,000 draws of one token: frequencies within four standard deviations of the probabilities."""
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0]]).expand(20000, 4)
     generators = [torch.Generator().manual_seed(i) for i in range(len(logits))]
-    counts = torch.bincount(M.perturbed(logits, generators).argmax(1), minlength=4) / len(logits)
+    counts = torch.bincount(M.drawn(logits, generators), minlength=4) / len(logits)
     want = logits[0].softmax(0)
     assert ((counts - want).abs() < 4 * (want * (1 - want) / len(logits)).sqrt()).all()
 

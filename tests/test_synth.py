@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import webdataset
@@ -396,6 +397,26 @@ def test_the_split_of_a_document_does_not_depend_on_its_place(tmp_path):
     assert 150 < counts["dev"] < 250 and 150 < counts["test"] < 250
 
 
+def test_corpora_are_mixed_evenly(tmp_path):
+    """Of three corpora each tenth of the documents has a tenth of each one; a corpus alone keeps its order."""
+    for name, count in (("a", 200), ("b", 50), ("c", 10)):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {n}." for n in range(count)))
+    names = ", ".join(f"{tmp_path}/{name}.txt" for name in "abc")
+    c = synth.load_config([f"synth.corpus={names}", "synth.held_out_share=0"])
+    texts = [document["text"] for _, document in synth.split_documents(c)]
+    for start in range(0, 260, 26):
+        counts = Counter(text[0] for text in texts[start:start + 26])
+        assert counts["c"] == 1 and abs(counts["b"] - 5) <= 1 and abs(counts["a"] - 20) <= 1
+    for name, count in (("a", 200), ("b", 50), ("c", 10)):
+        assert [text for text in texts if text[0] == name] == [f"{name} {n}." for n in range(count)]
+    mixed = synth.load_config([f"synth.corpus=tiny,{tmp_path}/b.txt", "synth.documents=100",
+                               "synth.held_out_documents=10", "synth.held_out_share=0"])
+    splits = Counter(split for split, _ in synth.split_documents(mixed))
+    assert splits == {"train": 150, "dev": 10}
+    with pytest.raises(UserError, match="'nowhere.txt' matches no file"):
+        list(synth.split_documents(synth.load_config(["synth.corpus=tiny,nowhere.txt"])))
+
+
 @pytest.mark.parametrize("text, most, pieces", [
     ("One two. Three four. Five six.", 4, ["One two. Three four. ", "Five six."]),
     ("One two. Three four. Five six.", 6, ["One two. Three four. Five six."]),
@@ -623,6 +644,55 @@ def test_what_cannot_be_spoken_stays_text(tmp_path):
     assert samples[0]["parts"] == [{"role": "text", "text": "See https://a.b/c for more of it.", "loss": True}]
     for sample in synth.plan_shard(c, "tasks", "train", 0)[4:8]:                      # the sample stays
         assert [p["role"] for p in sample["parts"]] == ["text", "text", "text"] and sample["parts"][2]["loss"]
+
+
+def test_noise_is_laid_under_a_share_of_the_clips():
+    """At the level that the part names, half babble of the others, the rest of the clips as they were."""
+    settings = synth.load_config(["synth.noise.share=0.5", "synth.noise.snr=[5, 10]"]).synth.noise
+    rng = np.random.default_rng(0)
+    clean = [np.sin(np.arange(8000) * rng.uniform(0.1, 1)).astype(np.float32) * 0.2 for _ in range(400)]
+    parts = [{"waveform": clip} for clip in clean]
+    synth.lay_noise(parts, settings, rng)
+    kinds = Counter()
+    for part, clip in zip(parts, clean):
+        if "noise" not in part:
+            assert part["waveform"] is clip
+            continue
+        kind, decibels, _ = part["noise"].split()
+        kinds[kind] += 1
+        noise = part["waveform"] - clip
+        snr = 10 * np.log10(np.sum(clip ** 2) / np.sum(noise ** 2))
+        assert 5 <= snr <= 10 and abs(snr - int(decibels)) <= 0.51
+    assert kinds.keys() == {"babble", "coloured"} and min(kinds.values()) > 70 and 160 < sum(kinds.values()) < 240
+    alone = [{"waveform": clean[0]}, {"waveform": np.zeros(0, np.float32)}]           # nobody to babble; nothing said
+    synth.lay_noise(alone, synth.Settings(settings | {"share": 1.0}), rng)
+    assert alone[0]["noise"].startswith("coloured") and "noise" not in alone[1]
+
+
+def test_coloured_noise_has_another_colour_each_time():
+    """Levels of its octaves are 6 dB or so from neighbours', 1.5 dB lower on average: never white or pink alone."""
+    rng = np.random.default_rng(0)
+    slopes = []
+    for _ in range(200):
+        power = np.abs(np.fft.rfft(synth.noise_of("coloured", 16000, [], rng))) ** 2
+        octaves = [10 * np.log10(power[hertz * 3 // 4:hertz * 3 // 2].mean()) for hertz in (250, 500, 1000, 2000, 4000)]
+        slopes.append(np.diff(octaves))
+    assert -2.5 < np.mean(slopes) < -0.5 and 3 < np.std(slopes) < 7
+
+
+def test_noisy_shards_repeat_and_name_their_noise(tmp_path):
+    """The same bytes twice; the words and the voices are those of the quiet shard."""
+    shards = []
+    for name, share in (("a", 0.5), ("b", 0.5), ("quiet", 0.0)):
+        c = make(tmp_path / name, f"synth.noise.share={share}")
+        key = ("chat", "train", 0)
+        synth.make_missing(c, [key])
+        path = synth.shard_path(c, *key)
+        samples = [synth.read_sample(path, i)[0] for i in range(synth.read_index(path)["count"])]
+        parts = [part for sample in samples for lists in synth.parts_of(sample) for part in lists]
+        shards.append((path.read_bytes(), [part.pop("noise", None) for part in parts if part["role"] == "speech"], parts))
+    assert shards[0] == shards[1] and shards[0][0] != shards[2][0] and shards[0][2] == shards[2][2]
+    assert set(shards[2][1]) == {None} and 0.3 < np.mean([noise is not None for noise in shards[0][1]]) < 0.7
 
 
 TTS = """
