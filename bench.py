@@ -1028,7 +1028,7 @@ def make_prompts(c: synth.Settings, folder: Path) -> list[dict]:
     spoken.sort(key=lambda row: row["condition"] != "standard")       # its clips are the others' babble
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    with concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context) as process:
+    with concurrent.futures.ProcessPoolExecutor(1, context, synth.end_with_parent) as process:
         seconds = process.submit(speak, c, spoken, folder).result()
     for row, length in zip(spoken, seconds):
         row |= {"seconds": length, "voice": row["voice"]["id"]}

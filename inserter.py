@@ -31,6 +31,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -43,10 +44,9 @@ import subprocess
 import sys
 import time
 import zlib
-from bisect import bisect_right
 from collections import Counter
 from functools import lru_cache
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -63,6 +63,9 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -558,7 +561,8 @@ class InSerter(nn.Module):
     def __init__(self, config: Qwen2AudioConfig):
         super().__init__()
         self.config = config
-        self.recompute = False
+        self.recompute = False               # train.checkpointing
+        self.sharded = False                 # train.shard
         self.audio_tower = Encoder(config.audio_config)
         self.multi_modal_projector = Adapter(config)
         self.language_model = LLM(config.text_config)
@@ -591,7 +595,7 @@ class InSerter(nn.Module):
         if waveforms:
             rows = torch.nonzero_static(is_audio, size=count)[:, 0].to(x.device, non_blocking=True)
             return x.index_copy(0, rows, self.hear(waveforms).to(x.dtype))
-        if torch.is_grad_enabled():          # DDP hangs where a parameter is missing from one rank's graph
+        if torch.is_grad_enabled() or self.sharded:                     # or the other ranks would hang
             x = x + 0 * self.hear([torch.zeros(4 * HOP)]).sum()
         return x
 
@@ -717,7 +721,10 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
     trained = freeze(model, stage)
     optimizers = make_optimizers(c, model, stage)
     restore_optimizers(model, optimizers, saved)
-    network = DistributedDataParallel(model, find_unused_parameters=stage.ctc) if world > 1 else model
+    network = model
+    if world > 1 and not model.sharded:
+        network = DistributedDataParallel(model, find_unused_parameters=stage.ctc,
+                                          gradient_as_bucket_view=True)
     feed = Feed(c, tok, progress, lanes=list(range(rank, stage.packs, world)))
     classes = frequent_tokens(c, tok, stage) if stage.ctc and stage.ctc_classes else None
     log = Log(c, progress, stage)
@@ -741,7 +748,7 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
         micro_batches = list(batches(packs, c.train.packs_at_once))
         for micro_batch in micro_batches:
             is_last = micro_batch is micro_batches[-1]
-            with contextlib.nullcontext() if is_last or world == 1 else network.no_sync():
+            with gradients_kept(network) if not is_last else contextlib.nullcontext():
                 with mixed_precision(c):
                     loss = network(**batch_of(micro_batch), chunk=c.train.loss_chunk, classes=classes)
                 (loss * (world / max(totals["targets"], 1))).backward()
@@ -749,7 +756,7 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
 
         # 3. Clip. A norm that is not finite is the same on all ranks, and stops them before the weights
         #    change.
-        norm = float(nn.utils.clip_grad_norm_(trained, c.train.clip))
+        norm = float(whole(nn.utils.clip_grad_norm_(trained, c.train.clip)))
         if not math.isfinite(norm):
             names = gather([name for pack in packs for name in pack.names])
             raise UserError(f"The loss or its gradient is not finite at step {progress.step + 1}; nothing "
@@ -793,8 +800,8 @@ def first_samples(c: Settings, stage: Settings) -> Iterator[tuple[Path, int]]:
     """(shard, number) of every sample in the first training shard of each of the stage's recipes."""
     for name, share in stage.mix.items():
         if share > 0:
-            path = Recipe(c, name, salt="").paths[0]
-            yield from ((path, number) for number in range(synth.read_index(path)["count"]))
+            path = Recipe(c, name, salt="").path(0)
+            yield from ((path, number) for number in range(synth.open_shard(path).count))
 
 
 def frequent_tokens(c: Settings, tok: Tokenizer, stage: Settings) -> Tensor:
@@ -821,10 +828,14 @@ def match_norms(c: Settings, model: InSerter, tok: Tokenizer, stage: Settings) -
         clips += read_encoded(path, number, tok).clips
         if len(clips) >= 64:
             break
+    if model.sharded:
+        model.unshard()
     with mixed_precision(c):
         heard = model.hear([torch.from_numpy(clip) for clip in clips]).float()
     table = model.language_model.model.embed_tokens.weight
     factor = table.norm(dim=1).mean() / heard.norm(dim=1).mean()
+    if model.sharded:
+        model.reshard()
     for p in model.multi_modal_projector.parameters():
         p *= factor
 
@@ -878,11 +889,12 @@ def module_of(name: str) -> str:
 @dataclasses.dataclass
 class Pack:
     """Whole documents end to end, bounded by `cu_seqlens`: at most pack_length positions, and no padding."""
-    ids: Tensor                              # (P,) int64, P = pack_length - waste
-    labels: Tensor                           # (P,) int64
-    position_ids: Tensor                     # (P,) int64, from 0 in every document
+    ids: np.ndarray                          # (P,) int64, P = pack_length - waste
+    labels: np.ndarray                       # (P,) int64
+    position_ids: np.ndarray                 # (P,) int64, from 0 in every document
     cu_seqlens: list[int]                    # documents + 1
-    audio: Tensor                            # (audio samples,) float32, the clips end to end
+    audio: Tensor                            # (audio samples,) int16 as in the shards, clips end to end; a
+                                             # tensor, for those travel in shared memory
     clip_samples: list[int]                  # audio samples of each clip
     word_ids: list[list[int]] | None         # in a CTC stage the tokens of each clip's words: its targets
     names: list[str]                         # ids of the documents
@@ -895,15 +907,15 @@ class Pack:
 def packed(documents: list[Encoded], ctc: bool, waste: int, skipped: list[str], cursor: dict) -> Pack:
     """Join documents end to end."""
     lengths = [len(document.ids) for document in documents]
-    labels = torch.tensor([label for document in documents for label in document.labels])
+    labels = np.array([label for document in documents for label in document.labels], np.int64)
     clips = [clip for document in documents for clip in document.clips]
     word_ids = [ids for document in documents for ids in document.word_ids]
     return Pack(
-        ids=torch.tensor([i for document in documents for i in document.ids]),
+        ids=np.array([i for document in documents for i in document.ids], np.int64),
         labels=labels,
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
+        position_ids=np.concatenate([np.arange(length) for length in lengths]),
         cu_seqlens=[0, *np.cumsum(lengths).tolist()],
-        audio=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *clips])),
+        audio=torch.from_numpy(np.rint(np.concatenate([np.zeros(0), *clips]) * 32768).astype(np.int16)),
         clip_samples=[len(clip) for clip in clips],
         word_ids=word_ids if ctc else None,
         names=[document.name for document in documents],
@@ -920,12 +932,15 @@ def batch_of(packs: list[Pack]) -> dict[str, Any]:
         bounds += [bounds[-1] + bound for bound in pack.cu_seqlens[1:]]
     # Empty documents round their number up, for on a GPU a tensor of a new shape costs time and memory.
     bounds += bounds[-1:] * (63 - (len(bounds) - 1) % 64)
-    batch = {
-        "ids": torch.cat([pack.ids for pack in packs]),
-        "labels": torch.cat([pack.labels for pack in packs]),
-        "position_ids": torch.cat([pack.position_ids for pack in packs]),
+    audio = torch.cat([pack.audio for pack in packs])
+    if device_here().type == "cuda":
+        audio = audio.pin_memory().to(device_here(), non_blocking=True)
+    clip_samples = [samples for pack in packs for samples in pack.clip_samples]
+    batch = {name: torch.from_numpy(np.concatenate([getattr(pack, name) for pack in packs]))
+             for name in ("ids", "labels", "position_ids")}
+    batch |= {
         "cu_seqlens": torch.tensor(bounds, dtype=torch.int32),
-        "waveforms": [clip for pack in packs for clip in pack.audio.split(pack.clip_samples)]}
+        "waveforms": list((audio.float() / 32768).split(clip_samples))}
     if packs[0].word_ids is not None:
         batch["word_ids"] = [ids for pack in packs for ids in pack.word_ids]
     return batch
@@ -935,33 +950,45 @@ class Recipe:
     """The shards of one recipe as one long list per epoch: shards shuffled, samples shuffled inside each."""
 
     def __init__(self, c: Settings, name: str, salt: str):
-        paths = sorted((Path(c.data) / name).glob("train-*.tar"))
-        self.paths = paths[:c.synth.shards.get(name, 0)]
+        self.c = c
         self.name = name
         self.salt = f"{c.seed} {salt} {name}"
-        self.counts = [synth.read_index(path)["count"] for path in self.paths]
+        finished = synth.finished_shards(Path(c.data) / name, "train")
+        self.numbers = synth.chosen_shards(finished, c.synth.shards.get(name, 0))
+        self.counts = [synth.read_head(self.path(shard))["count"] for shard in range(len(self.numbers))]
         self.total = sum(self.counts)
         self.epoch = None                    # the epoch whose order is known
         if not self.total:
             raise UserError(f"{c.data} has no sample of the recipe {name}, which the stage's mix asks for; "
                             "set its share to 0 or give a corpus that has dialogues.")
 
+    def path(self, shard: int) -> Path:
+        return synth.shard_path(self.c, self.name, "train", self.numbers[shard])
+
     def locate(self, epoch: int, index: int) -> tuple[Path, int]:
         """Shard and number of the index-th sample of an epoch."""
         if epoch != self.epoch:
-            self.shards = list(range(len(self.paths)))
-            random.Random(f"{self.salt} {epoch}").shuffle(self.shards)
-            self.ends = np.cumsum([self.counts[shard] for shard in self.shards]).tolist()
-            self.orders: dict[int, list[int]] = {}
+            self.shards = shuffled(f"{self.salt} {epoch}", len(self.counts))
+            self.ends = np.cumsum([self.counts[shard] for shard in self.shards])
             self.epoch = epoch
-        nth = bisect_right(self.ends, index)
+        nth = int(np.searchsorted(self.ends, index, side="right"))
         shard = self.shards[nth]
-        if shard not in self.orders:         # one order is kept, for lanes read on in one shard
-            order = list(range(self.counts[shard]))
-            random.Random(f"{self.salt} {epoch} {shard}").shuffle(order)
-            self.orders = {shard: order}
-        first = self.ends[nth] - self.counts[shard]
-        return self.paths[shard], self.orders[shard][index - first]
+        first = int(self.ends[nth]) - self.counts[shard]
+        return self.path(shard), shuffled(f"{self.salt} {epoch} {shard}", self.counts[shard])[index - first]
+
+
+def recipes_of(c: Settings, stage_name: str) -> dict[str, Recipe]:
+    """The recipes of a stage's mix."""
+    mix = c.train.stages[stage_name].mix
+    return {name: Recipe(c, name, salt=stage_name) for name, share in mix.items() if share > 0}
+
+
+@lru_cache(maxsize=64)
+def shuffled(seed: str, count: int) -> list[int]:
+    """0 to count - 1 in an order that the seed alone decides."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 class Reader:
@@ -977,20 +1004,18 @@ class Reader:
         self.recipe = recipe
         self.lane = lane
         self.lane_count = lane_count
+        first, end = (number * recipe.total // lane_count for number in (lane, lane + 1))
+        self.stretch = max(end - first, 1)   # samples of an epoch that the lane reads
         self.length = c.train.pack_length
         self.most_open = c.train.open_documents
         self.cursor = cursor
         self.open = [self.read(epoch, index) for epoch, index in cursor["open"]]
 
-    def position(self, index: int) -> int:
-        """Where the lane's index-th sample stands in an epoch: lane l of G reads l, l + G, l + 2 G, …
-
-        Where there are more lanes than samples, lanes share.
-        """
-        return self.lane % self.recipe.total + index * self.lane_count
-
     def read(self, epoch: int, index: int) -> Encoded:
-        path, number = self.recipe.locate(epoch, self.position(index))
+        """The lane's index-th sample of an epoch. Each lane reads on in a stretch of its own, so that a step
+        sees samples from all over the corpus; where there are more lanes than samples, some share one."""
+        first = self.lane * self.recipe.total // self.lane_count
+        path, number = self.recipe.locate(epoch, first + index)
         return read_encoded(path, number, self.tok)
 
     def open_more(self) -> list[str]:
@@ -1001,7 +1026,7 @@ class Reader:
             epoch, index = self.cursor["epoch"], self.cursor["index"]
             document = self.read(epoch, index)
             self.cursor["index"] += 1
-            if self.position(index + 1) >= self.recipe.total:
+            if index + 1 >= self.stretch:
                 self.cursor |= {"epoch": epoch + 1, "index": 0}
             if len(document.ids) <= self.length:
                 self.open.append(document)
@@ -1027,16 +1052,16 @@ class Reader:
 class Lane:
     """An endless stream of packs. Its cursor, made of its readers', is all that it needs to go on."""
 
-    def __init__(self, c: Settings, tok: Tokenizer, stage_name: str, lane: int, cursor: dict | None):
+    def __init__(self, c: Settings, tok: Tokenizer, stage_name: str, recipes: dict[str, Recipe], lane: int,
+                 cursor: dict | None):
         stage = c.train.stages[stage_name]
         self.length = c.train.pack_length
         self.ctc = stage.ctc
-        self.mix = {name: share for name, share in stage.mix.items() if share > 0}
+        self.mix = {name: stage.mix[name] for name in recipes}
         start = {name: {"epoch": 0, "index": 0, "open": [], "fed": 0} for name in self.mix}
         self.cursor = cursor or {"pack": 0, "recipes": start}
         self.readers = {}
-        for name in self.mix:
-            recipe = Recipe(c, name, salt=stage_name)
+        for name, recipe in recipes.items():
             self.readers[name] = Reader(c, tok, recipe, lane, stage.packs, self.cursor["recipes"][name])
 
     def pack(self) -> Pack:
@@ -1089,11 +1114,14 @@ class Lanes(IterableDataset):
     def __iter__(self) -> Iterator[Pack | UserError]:
         if get_worker_info():
             torch.set_num_threads(1)
+            synth.end_with_parent()
             os.setpgrp()                 # away from torchrun's SIGTERM, which goes to whole process groups:
                                          # the rank reads on until all ranks stop at one step
         try:
             tok = Tokenizer(self.hf)
-            served = [Lane(self.c, tok, self.stage_name, lane, self.cursors.get(lane)) for lane in self.lanes]
+            recipes = recipes_of(self.c, self.stage_name)
+            served = [Lane(self.c, tok, self.stage_name, recipes, lane, self.cursors.get(lane))
+                      for lane in self.lanes]
             while True:
                 for lane in served:
                     yield lane.pack()
@@ -1107,14 +1135,14 @@ class Feed:
     def __init__(self, c: Settings, tok: Tokenizer, progress: Progress, lanes: list[int]):
         self.lanes = lanes
         cursors = {int(lane): cursor for lane, cursor in progress.cursors.items()}
-        self.cursors = dict(cursors)
+        self.cursors: dict[int, dict] = {}   # of the rank's own lanes: it knows nothing new of the others
         workers = min(c.train.workers, len(lanes))
         shares = [lanes[worker::workers] for worker in range(workers)] or [lanes]
         options = {}
         if workers:
             options = {
                 "num_workers": 1,
-                "prefetch_factor": 2 * len(shares[0]),
+                "prefetch_factor": len(shares[0]) + 1,                  # a step's packs, and one more
                 "multiprocessing_context": fork_server()}
         self.loaders = []
         for share in shares:
@@ -1134,7 +1162,7 @@ class Feed:
 
     def counts(self, packs: list[Pack], model: InSerter) -> dict[str, float]:
         """What a rank's packs hold, to be summed over the ranks; `batch` is a checksum of all their ids."""
-        checksums = [zlib.crc32(pack.ids.numpy().tobytes(), pack.cursor["pack"] + (lane << 16))
+        checksums = [zlib.crc32(pack.ids.tobytes(), pack.cursor["pack"] + (lane << 16))
                      for lane, pack in zip(self.lanes, packs)]
         return {
             "targets": sum(pack.supervised for pack in packs),
@@ -1478,14 +1506,17 @@ def unsupported(config: Qwen2AudioConfig) -> str:
     return " and ".join(want for want, is_wanted in wants.items() if is_wanted)
 
 
-def save_model(model: InSerter, folder: str | Path) -> None:
-    """Write config.json and weights: transformers' Qwen2AudioForConditionalGeneration opens them."""
+def save_model(model: InSerter, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write config.json and weights: transformers' Qwen2AudioForConditionalGeneration opens them.
+
+    weights: {name: tensor}, where the model itself has only its rank's share of them
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    weights = weights or dict(model.named_parameters())
+    tensors = {name: t.detach().cpu().contiguous() for name, t in weights.items()}
     if model.config.text_config.tie_word_embeddings:                    # safetensors holds no shared memory
-        head = "language_model.lm_head.weight"
-        tensors[head] = tensors[head].clone()
+        tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
     model.config.architectures = ["Qwen2AudioForConditionalGeneration"]
     model.config.dtype = next(model.parameters()).dtype
     model.config.save_pretrained(folder)
@@ -1553,8 +1584,8 @@ def train_tokenizer(c: Settings, folder: Path) -> None:
     """Byte-level BPE with Qwen2's word splitting, trained on the first `text` shard, for AutoTokenizer."""
     texts = ["You are a helpful assistant.", "system\nuser\nassistant\n", "Audio 1: "]
     texts += [task["ask"] for task in synth.TASKS.values()]
-    path = synth.shard_path(c, "text", "train", 0)
-    for number in range(synth.read_index(path)["count"]):
+    path = Recipe(c, "text", salt="").path(0)
+    for number in range(synth.open_shard(path).count):
         sample, _ = synth.read_sample(path, number)
         texts += [part["text"] for parts in synth.parts_of(sample) for part in parts]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -1770,8 +1801,11 @@ def ask(c: Settings) -> str:
     is_file = Path(c.ask).suffix.lower() in (".wav", ".flac", ".ogg", ".mp3")
     question = read_audio(c.ask) if is_file else c.ask
     model, tok = load_run(c)
-    (text, _), = answer(model, tok, [question], c.bench.max_tokens, 1)
+    (text, _), = answer(model, tok, [question], LONGEST_ANSWER, 1)
     return text
+
+
+LONGEST_ANSWER = 1000                        # tokens; a model that never ends its turn is stopped there
 
 
 def write(c: Settings) -> str:
@@ -1839,7 +1873,7 @@ def preview(c: Settings) -> Path:
     for i in range(c.preview):                                          # the recipes in turn
         path = list(shards.values())[i % len(shards)]
         number = i // len(shards)
-        if number < synth.read_index(path)["count"]:
+        if number < synth.open_shard(path).count:
             shown.append(previewed(*synth.read_sample(path, number), tok))
     page = jinja2.Template(PREVIEW, autoescape=True).render(samples=shown)
     synth.write_whole(Path("preview.html"), page.encode())
@@ -1882,26 +1916,36 @@ def previewed(sample: dict, files: dict[str, bytes], tok: Tokenizer) -> dict:
 
 @torch.no_grad()
 def evaluate(c: Settings, model: InSerter, tok: Tokenizer) -> dict[str, float]:
-    """A point of the gap curve, by all ranks together. The loss on text beside it shows what is forgotten."""
+    """A point of the gap curve, by all ranks together. The loss on text beside it shows what is forgotten.
+
+    A sharded model answers no questions: its ranks would have to generate in step.
+    """
     rank, world = rank_and_world()
     names = ("interleaved", "text", "chat")
     interleaved, texts, chats = (dev_samples(c, name, c.train.eval_samples)[rank::world] for name in names)
     sums = Counter(dict.fromkeys(("characters", "heard", "typed", "text characters", "text", "questions",
                                   "obeys spoken", "obeys typed"), 0.0))
-    for batch in batches(interleaved, 16):
-        continued = [(*after_speech(sample), clips) for sample, clips in batch]
-        continued = [one for one in continued if one[1]]                # some have no text after their speech
-        if continued:
-            sums["characters"] += sum(characters for _, characters, _ in continued)
-            for way in ("heard", "typed"):
-                encoded = [encode(sample, clips, tok, typed=way == "typed") for sample, _, clips in continued]
-                sums[way] += nats(c, model, encoded)
-    for batch in batches(texts, 16):
-        parts = [part for sample, _ in batch for parts in synth.parts_of(sample) for part in parts]
-        sums["text characters"] += sum(len(part["text"]) for part in parts)
-        sums["text"] += nats(c, model, [encode(sample, clips, tok) for sample, clips in batch])
+    heard: list[Encoded] = []
+    typed: list[Encoded] = []
+    for sample, clips in interleaved:
+        continued, characters = after_speech(sample)
+        encoded = encode(continued, clips, tok)
+        if characters and len(encoded.ids) <= c.train.pack_length:      # as in training
+            sums["characters"] += characters
+            heard.append(encoded)
+            typed.append(encode(continued, clips, tok, typed=True))
+    sums["heard"] += nats(c, model, heard)
+    sums["typed"] += nats(c, model, typed)
+    read: list[Encoded] = []
+    for sample, clips in texts:
+        encoded = encode(sample, clips, tok)
+        if len(encoded.ids) <= c.train.pack_length:
+            parts = itertools.chain(*synth.parts_of(sample))
+            sums["text characters"] += sum(len(part["text"]) for part in parts)
+            read.append(encoded)
+    sums["text"] += nats(c, model, read)
     asked = [(*first_exchange(sample), clips) for sample, clips in chats]
-    spoken = [one for one in asked if one[1] and is_spoken(one[0])]
+    spoken = [one for one in asked if one[1] and is_spoken(one[0]) and not model.sharded]
     sums["questions"] += len(spoken)
     for way in ("spoken", "typed"):
         sums[f"obeys {way}"] += obeyed(c, model, tok, spoken, typed=way == "typed")
@@ -1935,10 +1979,29 @@ def after_speech(sample: dict) -> tuple[dict, int]:
 
 
 def nats(c: Settings, model: InSerter, encoded: list[Encoded]) -> float:
-    """Sum of the losses of encoded samples, packed in one forward pass."""
-    pack = packed(encoded, ctc=False, waste=0, skipped=[], cursor={})
-    with mixed_precision(c):
-        return float(model(**batch_of([pack]), chunk=c.train.loss_chunk))
+    """Sum of the losses of encoded samples, in passes of as many positions as training's."""
+    groups = list(grouped(encoded, c.train.pack_length * c.train.packs_at_once))
+    if model.sharded:                        # every rank takes part in every pass: nothing, if need be
+        idle = Encoded("", ids=[0, 0], labels=[IGNORE, IGNORE], clips=[], word_ids=[])
+        groups += [[idle]] * (max(gather(len(groups))) - len(groups))
+    total = 0.0
+    for group in groups:
+        pack = packed(group, ctc=False, waste=0, skipped=[], cursor={})
+        with mixed_precision(c):
+            total += float(model(**batch_of([pack]), chunk=c.train.loss_chunk))
+    return total
+
+
+def grouped(documents: list[Encoded], most: int) -> Iterator[list[Encoded]]:
+    """The documents in order, in groups of at most `most` positions, or of a longer one alone."""
+    group: list[Encoded] = []
+    for document in documents:
+        if group and sum(len(other.ids) for other in [*group, document]) > most:
+            yield group
+            group = []
+        group.append(document)
+    if group:
+        yield group
 
 
 def first_exchange(sample: dict) -> tuple[dict, str]:
@@ -1973,7 +2036,7 @@ def dev_samples(c: Settings, recipe: str, count: int) -> list[tuple[dict, dict]]
     """The first dev samples of a recipe with their decoded clips; none where the corpus has none."""
     found: list[tuple[dict, dict]] = []
     for path in sorted((Path(c.data) / recipe).glob("dev-*.tar")):
-        for number in range(min(synth.read_index(path)["count"], count - len(found))):
+        for number in range(min(synth.open_shard(path).count, count - len(found))):
             sample, files = synth.read_sample(path, number)
             found.append((sample, decoded(files)))
     return found
@@ -1993,30 +2056,41 @@ def batches(items: list, size: int) -> Iterator[list]:
 
 def train(c: Settings, arguments: list[str]) -> None:
     """Run the stages from the start or from the newest state."""
+    try:
+        run_stages(c, arguments)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError("Another process of this run has gone, killed perhaps; start the same command again: "
+                        "it continues from the last state.") from None
+
+
+def run_stages(c: Settings, arguments: list[str]) -> None:
+    """`train`, where no process dies."""
     rank, world = rank_and_world()
     stages = stages_of(c)
     for name in stages:
         if c.train.stages[name].packs % world:
             raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the "
                             f"{world} processes; choose one that is.")
-    if rank == 0 or not c.fresh:             # each rank refuses by itself: no process group yet
-        open_run(c)
+    start_group()
+    agreed(lambda: open_run(c, first=True) if rank == 0 else None)
+    agreed(lambda: open_run(c, first=False) if rank > 0 else None)      # what fresh=true removes is gone now
     make_missing_shards(c, arguments)
     tok = load_tokenizer(c)
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
-    if device_here().type == "cuda":
-        torch.cuda.set_device(device_here())
-    if world > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     progress, tensors = begin(c, tok, stages[0])
     model = fresh_model(c, tok)
     if tensors:
         weights = {name[len("weight."):]: t for name, t in tensors.items() if name.startswith("weight.")}
         model.load_state_dict(weights, strict=False)
         say(f"continuing run {c.run} in stage {progress.stage} after step {progress.step}")
+    check_agreement(c, progress, model)
     model.recompute = c.train.checkpointing
     model.to(device_here())
+    if c.train.shard and world > 1:
+        shard(model)
     if rank == 0:
         tidy(c, progress.step)
     say(describe(model))
@@ -2031,13 +2105,77 @@ def train(c: Settings, arguments: list[str]) -> None:
         if not train_stage(c, model, tok, progress, saved, stopping):
             say(f"stopped by a signal after step {progress.step}; the same command continues")
             sys.exit(128 + signal.SIGTERM)
+    if progress.step == first_step:          # killed between the last state and its export
+        export(c, model, tok, whole_tensors(model, []))
     if rank == 0:
-        if progress.step == first_step:      # killed between the last state and its export
-            export(c, model, tok)
         draw_curves(c)
         say(f"run {c.run} is finished: {run_folder(c) / 'model'} and curves.png; next: python bench.py")
     if world > 1:
         dist.destroy_process_group()
+
+
+def start_group() -> None:
+    """Join the other ranks: NCCL sums gradients on GPUs, gloo on CPUs."""
+    demand_gpu()
+    if device_here().type == "cuda":
+        torch.cuda.set_device(device_here())
+    if rank_and_world()[1] > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def demand_gpu() -> None:
+    """Refuse to train on the CPU without a word where there is a GPU: its driver may be too old for torch."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if Path("/dev/nvidia0").exists() and not torch.cuda.is_available() and not hidden:
+        raise UserError("There is a GPU here (/dev/nvidia0) that torch cannot use; install the torch that "
+                        "fits its driver, or set CUDA_VISIBLE_DEVICES=-1 to train on the CPU.")
+
+
+def check_agreement(c: Settings, progress: Progress, model: InSerter) -> None:
+    """All ranks stand at one step with the same weights; on disks of their own they might not."""
+    weights = 0
+    for p in model.parameters():
+        weights = zlib.crc32(p.detach().contiguous().view(-1).view(torch.uint8).numpy(), weights)
+    states = gather([progress.stage, progress.step, weights])
+    for rank, state in enumerate(states):
+        if state != states[0]:
+            where = [f"rank {number} at step {step} of {stage} (weights {digest:08x})"
+                     for number, (stage, step, digest) in ((0, states[0]), (rank, state))]
+            raise UserError(f"The processes do not start alike: {' and '.join(where)}. Let all machines "
+                            f"share {run_folder(c)}, or copy that of rank 0 to each.")
+
+
+def shard(model: InSerter) -> None:
+    """Divide parameters, gradients and AdamW's slots among the ranks (PyTorch's FSDP2), block by block.
+
+    Each rank keeps its share and borrows a block's parameters from the others while it computes with them: a
+    model too large for one GPU fits several. Gradients are averaged over the ranks, as by DDP.
+    """
+    _, world = rank_and_world()
+    mesh = init_device_mesh(device_here().type, (world,))
+    for block in [*model.audio_tower.layers, *model.language_model.model.layers]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)            # what stands in no block
+    model.sharded = True
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, by all ranks; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextlib.contextmanager
+def gradients_kept(network: nn.Module) -> Iterator[None]:
+    """Context of a backward pass that more are to follow in the same step: ranks do not meet yet."""
+    if isinstance(network, DistributedDataParallel):
+        with network.no_sync():
+            yield
+    elif isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(False)
+        yield
+        network.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 def stages_of(c: Settings) -> list[str]:
@@ -2051,10 +2189,16 @@ def run_folder(c: Settings) -> Path:
     return Path("runs") / c.run
 
 
-def open_run(c: Settings) -> None:
-    """Make the run's folder, or check that it was begun with these settings: its config.yaml keeps them."""
+def open_run(c: Settings, first: bool) -> None:
+    """Make the run's folder, or check that it was begun with these settings: its config.yaml keeps them.
+
+    first: whether this is the process that removes an old run, if fresh=true asks for it
+    """
     folder = run_folder(c)
-    if c.fresh and folder.exists():
+    if c.fresh and first and folder.exists():
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder} has no config.yaml, so it may hold something else than a run; remove "
+                            "it yourself, or choose another name with run=….")
         shutil.rmtree(folder)
     begun = any(folder.glob("state/[0-9]*")) or (folder / "model").exists()
     synth.same_settings(folder / "config.yaml", c, c.may_change,
@@ -2065,14 +2209,32 @@ def make_missing_shards(c: Settings, arguments: list[str]) -> None:
     """Let synth.py make this rank's share of the missing shards, then wait for the other ranks' shares."""
     rank, world = rank_and_world()
     wanted = [synth.shard_path(c, *key) for key in synth.wanted_shards(c)]
-    if any(not path.is_file() for path in wanted):
+    if any(gather(any(not path.is_file() for path in wanted))):
         say("making the missing shards first")
         kept = [a for a in arguments if a.partition("=")[0] not in ("shard", "fresh")]
         command = [sys.executable, synth.__file__, *kept, f"shard={rank}/{world}"]
-        if subprocess.run(command).returncode:
+        if any(gather(subprocess.run(command).returncode)):
             sys.exit(2)                      # synth.py has said why
-    while any(not path.is_file() for path in wanted):        # no process group yet: its time-outs are shorter
-        time.sleep(1)
+    agreed(lambda: wait_for(wanted))
+
+
+def wait_for(paths: list[Path]) -> None:
+    """Wait for the shards of other ranks or machines. Says once a minute for what; gives up after an hour in
+    which none has come."""
+    minutes = 0
+    missing = [path for path in paths if not path.is_file()]
+    while missing:
+        for _ in range(60):
+            time.sleep(1)
+            left = [path for path in missing if not path.is_file()]
+            if not left:
+                return
+        minutes = 0 if len(left) < len(missing) else minutes + 1
+        missing = left
+        say(f"waiting for {len(missing)} shards of other processes, {missing[0]} among them")
+        if minutes == 60:
+            raise UserError(f"No shard has come for an hour, and {len(missing)} are missing, {missing[0]} "
+                            "among them: did the process that makes them die? Start the same command again.")
 
 
 def begin(c: Settings, tok: Tokenizer, first_stage: str) -> tuple[Progress, dict[str, Tensor]]:
@@ -2105,33 +2267,36 @@ def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, pro
     """State, then export, by rank 0; every lane's cursor comes from the rank that serves it."""
     for cursors in gather(feed.cursors):
         progress.cursors |= {str(lane): cursor for lane, cursor in cursors.items()}
-    problem = ""
-    if rank_and_world()[0] == 0:
-        try:
-            state = dataclasses.asdict(progress) | {"tokenizer": tok.digest, "settings": c}
-            save_state(c, model, optimizers, state)
-            export(c, model, tok)
-        except UserError as error:
-            problem = str(error)
-    for problem in filter(None, gather(problem)):
-        raise UserError(problem)
+    tensors = whole_tensors(model, optimizers)
+    state = dataclasses.asdict(progress) | {"tokenizer": tok.digest, "settings": c}
+    agreed(lambda: save_state(c, tensors, state))
+    agreed(lambda: export(c, model, tok, tensors))
 
 
-def save_state(c: Settings, model: InSerter, optimizers: list, state: dict) -> None:
-    """Write the state of a step and remove all but the newest few."""
+def whole_tensors(model: InSerter, optimizers: list) -> dict[str, Tensor]:
+    """weight.<parameter> and optim.<slot>.<parameter>, whole and on the CPU; on rank 0 alone."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        slots = {f"optim.{slot}.{name}": value for optimizer in optimizers
+                 for slot, value in optimizer.state.get(p, {}).items()}
+        for key, value in {f"weight.{name}": p.detach(), **slots}.items():
+            value = whole(value)             # by all ranks together, where each has a share
+            if rank_and_world()[0] == 0:
+                tensors[key] = value.cpu().contiguous()
+    return tensors
+
+
+def save_state(c: Settings, tensors: dict[str, Tensor], state: dict) -> None:
+    """Rank 0 writes the state of a step and removes all but the newest few."""
+    if rank_and_world()[0]:
+        return
     folder = run_folder(c) / "state" / f"{state['step']:08d}"
     aside = folder.with_name(f".new.{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     with writing(folder):
         aside.mkdir(parents=True)
-        tensors = {f"weight.{name}": p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-        names = {p: name for name, p in model.named_parameters()}
-        for optimizer in optimizers:
-            for p, slots in optimizer.state.items():
-                for slot, value in slots.items():
-                    tensors[f"optim.{slot}.{names[p]}"] = value.detach().cpu().contiguous()
         save_file(tensors, aside / "state.safetensors")
-        digest = sha256((aside / "state.safetensors").read_bytes()).hexdigest()
+        digest = sha256_of(aside / "state.safetensors")
         (aside / "state.json").write_text(json.dumps(state | {"files": {"state.safetensors": digest}}))
         replace_folder(aside, folder)
     states = sorted(folder.parent.glob("[0-9]*"))
@@ -2142,6 +2307,11 @@ def save_state(c: Settings, model: InSerter, optimizers: list, state: dict) -> N
         shutil.rmtree(hidden)
 
 
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 def load_state(c: Settings) -> tuple[dict, dict[str, Tensor]] | None:
     """The newest whole state: (state.json, tensors). A damaged one is named, and the one before it taken."""
     folders = sorted((run_folder(c) / "state").glob("[0-9]*"), reverse=True)
@@ -2149,9 +2319,10 @@ def load_state(c: Settings) -> tuple[dict, dict[str, Tensor]] | None:
         try:
             state = json.loads((folder / "state.json").read_text())
             for name, digest in state["files"].items():
-                if sha256((folder / name).read_bytes()).hexdigest() != digest:
+                if sha256_of(folder / name) != digest:
                     raise ValueError(f"{name} has another SHA-256")
-            return state, load_file(folder / "state.safetensors")
+            tensors = load_file(folder / "state.safetensors")
+            return state, {name: t.clone() for name, t in tensors.items()}       # or the file would stay open
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             say(f"{folder} is damaged ({error}); the state before it is taken.")
     if folders:
@@ -2167,17 +2338,25 @@ def restore_optimizers(model: InSerter, optimizers: list, saved: dict[str, Tenso
     for key, value in saved.items():
         _, slot, name = key.split(".", 2)
         p = named[name]
-        if p in owner:
+        if p in owner and isinstance(p, DTensor) and value.ndim:
+            owner[p].state[p][slot] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+        elif p in owner:
             owner[p].state[p][slot] = value.to(p.device)
 
 
-def export(c: Settings, model: InSerter, tok: Tokenizer) -> None:
-    """runs/<run>/model/: a Qwen2-Audio checkpoint with processor and model card, replaced whole."""
+def export(c: Settings, model: InSerter, tok: Tokenizer, tensors: dict[str, Tensor]) -> None:
+    """Rank 0 writes runs/<run>/model/: a Qwen2-Audio checkpoint, processor and model card, replaced whole.
+
+    tensors: those of `whole_tensors`
+    """
+    if rank_and_world()[0]:
+        return
+    weights = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
     folder = run_folder(c) / "model"
     aside = folder.with_name(".new.model")
     shutil.rmtree(aside, ignore_errors=True)
     with writing(folder):
-        save_model(model, aside)
+        save_model(model, aside, weights)
         save_processor(model.config, tok, aside)
         (aside / "README.md").write_text(model_card(c), encoding="utf-8")
         replace_folder(aside, folder)
@@ -2248,12 +2427,29 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 
 def gather(thing: Any) -> list:
-    """The thing of every rank, on every rank."""
+    """The thing of every rank, on every rank; who comes first waits for the others, however long."""
     if not dist.is_initialized():
         return [thing]
     things = [None] * dist.get_world_size()
-    dist.all_gather_object(things, thing)
+    dist.all_gather_object(things, thing, group=patient_group())
     return things
+
+
+def agreed(action: Callable[[], None]) -> None:
+    """Let each rank do something; a UserError of one is raised by all."""
+    problem = ""
+    try:
+        action()
+    except UserError as error:
+        problem = str(error)
+    for problem in filter(None, gather(problem)):
+        raise UserError(problem)
+
+
+@lru_cache
+def patient_group() -> dist.ProcessGroup:
+    """All ranks, with patience: another's long save is no failure, and torchrun ends all if one dies."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
 
 
 def say(line: str) -> None:
@@ -2813,7 +3009,8 @@ code { display: inline-block; white-space: pre-wrap; margin: 0 1px .3em; backgro
 {% for role, parts in sample.turns %}<p>{% if role %}<b>{{ role }}</b> {% endif %}
 {%- for part in parts %}{% if part.role == "speech" -%}
 <span class="speech">{{ part.text }}<br><audio controls preload="metadata" src="data:audio/flac;base64,\
-{{ sample.audio[part.audio] }}"></audio><small>{{ part.voice }}, {{ part.seconds }} s</small></span>
+{{ sample.audio[part.audio] }}"></audio><small>{{ part.voice }}, {{ part.seconds }} s
+{{- ", " ~ part.noise if part.noise }}</small></span>
 {%- else -%}
 <span class="{{ "loss" if part.loss else "text" }}">{{ part.text }}</span>
 {%- endif %}{% endfor %}</p>

@@ -44,6 +44,8 @@ Names: `c` is all settings, `settings` its section synth, `rng` a Random.
 """
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -60,19 +62,22 @@ import itertools
 import json
 import math
 import multiprocessing
+import multiprocessing.connection
 import operator
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import zlib
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import numpy as np
 import soundfile
@@ -932,7 +937,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 def write_whole(path: Path, *contents: bytes) -> None:
     """Write a file aside, flush it, rename it: it is whole or absent. UserError on a full disk."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")     # two machines may share the folder
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
@@ -966,35 +971,69 @@ def write_shard(path: Path, samples: list[dict], clips: dict[str, dict[str, byte
     write_whole(path, *blobs, END)
 
 
-@functools.lru_cache(maxsize=4096)
+DAMAGED = "remove the shard's two files and run synth.py again"
+
+
 def read_index(path: Path) -> dict:
     """The index beside a shard. UserError where it or the shard is missing or cut short."""
-    remedy = "remove the shard's two files and run synth.py again"
     try:
         index = json.loads(path.with_suffix(".json").read_text())
         size = path.stat().st_size
         expected = sum(length for _, _, length, _ in index["samples"]) + len(END)
     except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing; {remedy}.") from None
+        raise UserError(f"{error.filename} is missing; {DAMAGED}.") from None
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        raise UserError(f"{path.with_suffix('.json')} is damaged; {remedy}.") from None
+        raise UserError(f"{path.with_suffix('.json')} is damaged; {DAMAGED}.") from None
     if size != expected:
-        raise UserError(f"{path} has {size} bytes where its index says {expected}; {remedy}.")
+        raise UserError(f"{path} has {size} bytes where its index says {expected}; {DAMAGED}.")
     return index
 
 
+def read_head(path: Path) -> dict:
+    """What a shard's index says before its samples, which may be thousands: {"count", "counts"}."""
+    path = path.with_suffix(".json")
+    head = b""
+    try:
+        with open(path, "rb") as file:
+            while b', "samples": [' not in head:
+                head += file.read(4096) or b"\0"
+                if head.endswith(b"\0"):
+                    raise ValueError
+        return json.loads(head.partition(b', "samples": [')[0] + b"}")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {DAMAGED}.") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged; {DAMAGED}.") from None
+
+
+class Shard:
+    """An open shard, whose samples are sought, read and verified by its index."""
+
+    def __init__(self, path: Path):
+        rows = read_index(path)["samples"]
+        self.path = path
+        self.count = len(rows)
+        self.places = np.array([row[1:3] for row in rows], np.int64).reshape(-1, 2)        # offset, length
+        self.digests = b"".join(bytes.fromhex(row[3]) for row in rows)
+        self.file = open(path, "rb")
+
+    def read(self, number: int) -> tuple[dict, dict[str, bytes]]:
+        """One sample: itself and its clips {"00.flac": bytes}. UserError says which one is damaged."""
+        offset, length = self.places[number].tolist()
+        self.file.seek(offset)
+        blob = self.file.read(length)
+        if hashlib.sha256(blob).digest() != self.digests[32 * number:32 * number + 32]:
+            raise UserError(f"Sample {number} of {self.path} is damaged (its SHA-256 differs); {DAMAGED}.")
+        with tarfile.open(fileobj=io.BytesIO(blob)) as tar:
+            members = {member.name.partition(".")[2]: tar.extractfile(member).read() for member in tar}
+        return json.loads(members.pop("json")), members
+
+
+open_shard = functools.lru_cache(maxsize=64)(Shard)         # each lane reads on in one shard of a recipe
+
+
 def read_sample(path: Path, number: int) -> tuple[dict, dict[str, bytes]]:
-    """Read and verify one sample: itself and its clips {"00.flac": bytes}. UserError names a damaged one."""
-    name, offset, length, digest = read_index(path)["samples"][number]
-    with open(path, "rb") as file:
-        file.seek(offset)
-        blob = file.read(length)
-    if hashlib.sha256(blob).hexdigest() != digest:
-        raise UserError(f"Sample {name} in {path} is damaged (its SHA-256 differs); remove the shard's two "
-                        "files and run synth.py again.")
-    with tarfile.open(fileobj=io.BytesIO(blob)) as tar:
-        members = {member.name.partition(".")[2]: tar.extractfile(member).read() for member in tar}
-    return json.loads(members.pop("json")), members
+    return open_shard(path).read(number)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1016,6 +1055,7 @@ def make_corpus(c: Settings) -> dict[str, int]:
     Ranks that start together wait for the first at a lock file.
     """
     folder = Path(c.data) / "corpus"
+    check_ours(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
@@ -1023,7 +1063,8 @@ def make_corpus(c: Settings) -> dict[str, int]:
         raise UserError(f"{folder} cannot be written ({error.strerror}); "
                         "choose another folder with data=….") from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):                  # without locks all write the same files
+            fcntl.flock(lock, fcntl.LOCK_EX)
         shaping = {key: c.synth[key] for key in CORPUS_KEYS} | {"seed": c.seed}
         index = folder / "index.json"
         same_settings(path=folder / "settings.yaml", now=shaping, may_change=(), remedy=OTHER_DATA,
@@ -1327,28 +1368,45 @@ def finish_speech(part: dict, files: dict[str, bytes], limits: Settings, counts:
 
 
 def wanted_shards(c: Settings) -> list[Key]:
-    """All shards that the settings ask for, as (recipe, split, number); makes the corpus if need be."""
+    """All shards that the settings ask for, as (recipe, split, number); makes the corpus if need be.
+
+    For dev one shard of each recipe is enough, and nothing is read from test.
+    """
     corpus = make_corpus(c)
     wanted = []
     for recipe, most in c.synth.shards.items():
-        for split, count in corpus.items():
-            if split == "train":
-                count = min(most, count)
-            if most:                                        # 0: nothing of this recipe, for no split
-                wanted += [(recipe, split, number) for number in range(count)]
+        if most:
+            wanted += [(recipe, "train", number) for number in chosen_shards(range(corpus["train"]), most)]
+            wanted += [(recipe, "dev", number) for number in range(min(corpus.get("dev", 0), 1))]
     return wanted
+
+
+def chosen_shards(numbers: Iterable[int], most: int) -> list[int]:
+    """At most so many of these shards, evenly from all over them; who asks for more gets these and others.
+
+    >>> chosen_shards(range(10), 3), chosen_shards(range(10), 4)
+    ([0, 2, 5], [0, 2, 5, 7])
+    """
+    golden = (5 ** 0.5 - 1) / 2
+    return sorted(sorted(numbers, key=lambda number: number * golden % 1)[:most])
+
+
+def finished_shards(folder: Path, split: str) -> list[int]:
+    """The numbers of a split's shards that are there."""
+    names = os.listdir(folder) if folder.is_dir() else []
+    return sorted(int(name[-10:-4]) for name in names if re.fullmatch(rf"{split}-\d{{6}}\.tar", name))
 
 
 def make_shards(c: Settings) -> None:
     """Make the shards of this process's share that do not exist yet, then print the closing report."""
     if c.fresh:
-        for name in [*c.synth.shards, "corpus", "tokenizer"]:
-            shutil.rmtree(Path(c.data) / name, ignore_errors=True)
+        remove_data(c)
     wanted = wanted_shards(c)
     shaping = c.synth | {"seed": c.seed}
     del shaping["shards"], shaping["workers"]               # how many shards shapes none of them
     for recipe in dict.fromkeys(recipe for recipe, _, _ in wanted):
         folder = Path(c.data) / recipe
+        check_ours(folder)
         same_settings(path=folder / "settings.yaml", now=shaping, may_change=(), remedy=OTHER_DATA,
                       begun=any(folder.glob("*.tar")))
     share, shares = share_of(c.shard)
@@ -1359,18 +1417,75 @@ def make_shards(c: Settings) -> None:
         report(c, finished, len(missing), took)
 
 
+def remove_data(c: Settings) -> None:
+    """Remove what was made in the data folder: folders that have our settings.yaml, and the tokenizer."""
+    for name in [*c.synth.shards, "corpus"]:
+        folder = Path(c.data) / name
+        if (folder / "settings.yaml").is_file():
+            shutil.rmtree(folder)
+            if name == "corpus":
+                shutil.rmtree(Path(c.data) / "tokenizer", ignore_errors=True)
+
+
+def check_ours(folder: Path) -> None:
+    """Refuse to work in a folder that holds a user's files: fresh=true would remove them."""
+    foreign = folder.is_dir() and not (folder / "settings.yaml").is_file() and any(folder.glob("[!.]*"))
+    demand(not foreign, f"{folder} holds files that synth.py did not make; choose another folder with "
+                        "data=….")
+
+
 def make_missing(c: Settings, keys: list[Key]) -> float:
     """Make these shards in synth.workers processes; returns the seconds that they took, added up."""
-    one_each = c.synth.engine == "espeak"                   # a fresh process for each shard
-    context = multiprocessing.get_context("forkserver" if one_each else "spawn")
-    if one_each:
-        context.set_forkserver_preload(["numpy", "torch", "torchaudio", "soundfile", "yaml"])
+    workers = min(max(1, c.synth.workers // local_ranks()), len(keys))
+    if c.synth.engine == "espeak":
+        make = in_a_fresh_process
+        pool = concurrent.futures.ThreadPoolExecutor(workers)
+    else:
+        make = make_shard
+        context = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (context.Value("i"),))
+    jobs = [pool.submit(make, c, key) for key in keys]
     took = 0.0
-    with context.Pool(min(c.synth.workers, len(keys)), maxtasksperchild=1 if one_each else None) as pool:
-        jobs = pool.imap_unordered(functools.partial(make_shard, c), keys)
-        for seconds in tqdm(jobs, total=len(keys), desc="shards", disable=None):
-            took += seconds
+    try:
+        for job in tqdm(concurrent.futures.as_completed(jobs), total=len(keys), desc="shards", disable=None):
+            took += job.result()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError("A process that made shards was killed, perhaps for want of memory; start again, if "
+                        "need be with fewer synth.workers: finished shards are kept.") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
     return took
+
+
+def in_a_fresh_process(c: Settings, key: Key) -> float:
+    """make_shard in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["numpy", "torch", "torchaudio", "soundfile", "yaml"])
+    with concurrent.futures.ProcessPoolExecutor(1, context, end_with_parent) as process:
+        return process.submit(make_shard, c, key).result()
+
+
+def start_worker(started: Any) -> None:
+    """Begin a process that serves many shards; `started` counts them, so that they share the GPUs."""
+    end_with_parent()
+    with started.get_lock():
+        number = int(os.environ.get("LOCAL_RANK", 0)) + started.value * local_ranks()
+        started.value += 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+def local_ranks() -> int:
+    """Processes that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that asked for it is gone, killed without a chance to say so."""
+    def watch() -> None:
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def report(c: Settings, keys: list[Key], made: int, took: float) -> None:
@@ -1379,7 +1494,7 @@ def report(c: Settings, keys: list[Key], made: int, took: float) -> None:
     print(row.format("recipe", "split", "shards", "samples", "hours", "clips", "speech words"))
     total = Counter()
     for recipe, split in dict.fromkeys(key[:2] for key in keys):
-        shards = [read_index(shard_path(c, *key))["counts"] for key in keys if key[:2] == (recipe, split)]
+        shards = [read_head(shard_path(c, *key))["counts"] for key in keys if key[:2] == (recipe, split)]
         n = sum(map(Counter, shards), Counter())
         total += n
         hours = f"{n['audio samples'] / RATE / 3600:.2f}"
@@ -1615,6 +1730,8 @@ def check_config(c: Settings) -> None:
         demand(stage.ctc_classes >= 0, f"train.stages.{name}.ctc_classes must be at least 0.")
         demand(stage.optimizer in ("adamw", "muon"),
                f"train.stages.{name}.optimizer must be adamw or muon, not {stage.optimizer!r}.")
+        demand(stage.optimizer == "adamw" or stage.steps == 0 or not c.train.shard,
+               f"train.shard=true cannot divide Muon's slots; set train.stages.{name}.optimizer=adamw.")
         one_length = (stage.steps is None) != (stage.tokens is None)
         demand(one_length and stage.tokens != 0, f"train.stages.{name} needs either steps or tokens.")
         demand(sum(stage.mix.values()) > 0, f"train.stages.{name}.mix gives no recipe a share above 0.")
@@ -1625,7 +1742,8 @@ def check_config(c: Settings) -> None:
                f"Unknown recipe {name!r} in synth.shards or a stage's mix; the nearest one is {near}.")
     demand(len(c.writing.tokens) == 2,
            f"writing.tokens must be [of a question, of a reply], not {c.writing.tokens}.")
-    demand(re.fullmatch(r"[\w.-]+", c.run) is not None, f"run={c.run!r} must be a plain folder name.")
+    demand(re.fullmatch(r"[^\W_][\w.-]*", c.run) is not None,
+           f"run={c.run!r} must be a plain folder name that begins with a letter or digit.")
     share_of(c.shard)
     demand(not (c.fresh and c.shard),
            "fresh=true removes the shards of all shares: give it once, without shard.")

@@ -4,6 +4,7 @@ Reads one job per line from standard input, {"folder", "arguments", …}, and an
 {"codes": [exit status of each rank, -9 where it was killed], "out": "…", "err": "…"}. Options of a job:
 
     world       ranks (1)
+    folders     a folder for each rank in place of "folder", as on machines with disks of their own
     kill_event  kill -9 the process before its n-th file operation under runs/ (-1: never)
     half_save   kill -9 in the middle of the n-th writing of weights
     kill_after  kill -9 after so many seconds
@@ -73,7 +74,7 @@ def inject(job: dict) -> list[int]:
 
 def rank_main(job: dict, rank: int, port: int) -> None:
     """One rank, in a process of its own, as `python inserter.py` or torchrun would run it."""
-    os.chdir(job["folder"])
+    os.chdir(folder_of(job, rank))
     for number, name in ((1, "out"), (2, "err")):
         file = os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)
@@ -100,6 +101,10 @@ def rank_main(job: dict, rank: int, port: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def folder_of(job: dict, rank: int) -> str:
+    return job["folders"][rank] if "folders" in job else job["folder"]
 
 
 def start(job: dict) -> dict[int, int]:
@@ -149,7 +154,7 @@ def run(job: dict) -> dict:
         time.sleep(0.005)
     answer: dict[str, Any] = {"codes": [codes[rank] for rank in range(len(ranks))]}
     for name in ("out", "err"):
-        files = [Path(job["folder"]) / f"{name}{rank}" for rank in range(len(ranks))]
+        files = [Path(folder_of(job, rank)) / f"{name}{rank}" for rank in range(len(ranks))]
         answer[name] = "".join(file.read_text() for file in files)
     return answer
 

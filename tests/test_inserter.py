@@ -495,7 +495,7 @@ def other_data(c: Settings, folder: Path, **mix: float) -> Settings:
 
 
 def lane(c: Settings, tok: M.Tokenizer, number: int = 0, cursor: dict | None = None) -> M.Lane:
-    return M.Lane(c, tok, "one", number, cursor)
+    return M.Lane(c, tok, "one", M.recipes_of(c, "one"), number, cursor)
 
 
 def documents_of(pack: M.Pack) -> list[tuple[str, list[int], list[int]]]:
@@ -508,7 +508,7 @@ def all_samples(c: Settings, tok: M.Tokenizer) -> dict[str, M.Encoded]:
     """Every training sample, by name."""
     samples = {}
     for path in Path(c.data).glob("*/train-*.tar"):
-        for number in range(synth.read_index(path)["count"]):
+        for number in range(synth.open_shard(path).count):
             encoded = M.read_encoded(path, number, tok)
             samples[encoded.name] = encoded
     return samples
@@ -553,7 +553,7 @@ def test_an_epoch_gives_every_sample_once(c, tok, recipe, monkeypatch):
     first, second = [], []
     for number in range(4):
         one = lane(c, tok, number)
-        mine = len(range(number, 21, 4))
+        mine = (number + 1) * 21 // 4 - number * 21 // 4
         read.clear()
         used = Counter()
         while used.total() < 2 * mine:
@@ -597,7 +597,7 @@ def test_a_cursor_is_all_that_a_lane_needs(c, tok):
         for want in packs[i + 1:i + 4]:
             got = again.pack()
             for name in ("ids", "labels", "audio"):
-                assert torch.equal(getattr(got, name), getattr(want, name))
+                assert getattr(got, name).tolist() == getattr(want, name).tolist()
             assert got.cursor == want.cursor
             assert got.names == want.names
             assert got.skipped == want.skipped
@@ -806,7 +806,7 @@ def test_a_ctc_stage_asks_for_the_words_heard(c, tok, model, one_step):
     c = with_stage(c, ctc=True, mix={"interleaved": 1.0})
     spoken = {}                                  # the words of each sample's clips
     for path in sorted(Path(c.data).glob("interleaved/train-*.tar")):
-        for number in range(synth.read_index(path)["count"]):
+        for number in range(synth.open_shard(path).count):
             sample, _ = synth.read_sample(path, number)
             spoken[sample["id"]] = [re.findall(r"\w+", part["text"].lower()) for part in sample["parts"]
                                     if part["role"] == "speech"]
@@ -853,7 +853,7 @@ def test_answers_do_not_depend_on_the_batch(tok, model):
 def test_the_model_cards_code_answers_as_we_do(c, tok, model, tmp_path, monkeypatch, capsys):
     """The export needs nothing but transformers: its own README's code, run as it stands, on a spoken question."""
     monkeypatch.chdir(tmp_path)
-    M.export(c, model, tok)
+    M.export(c, model, tok, M.whole_tensors(model, []))
     folder = M.run_folder(c) / "model"
     soundfile.write("question.wav", noise(16000), 16000, subtype="FLOAT")
     card = (folder / "README.md").read_text()

@@ -57,7 +57,7 @@ def folder_of(settings):
 
 
 def samples_of(path):
-    return [synth.read_sample(path, n) for n in range(synth.read_index(path)["count"])]
+    return [synth.read_sample(path, n) for n in range(synth.open_shard(path).count)]
 
 
 def joined(parts):
@@ -688,7 +688,7 @@ def test_noisy_shards_repeat_and_name_their_noise(tmp_path):
         key = ("chat", "train", 0)
         synth.make_missing(c, [key])
         path = synth.shard_path(c, *key)
-        samples = [synth.read_sample(path, i)[0] for i in range(synth.read_index(path)["count"])]
+        samples = [synth.read_sample(path, i)[0] for i in range(synth.open_shard(path).count)]
         parts = [part for sample in samples for lists in synth.parts_of(sample) for part in lists]
         shards.append((path.read_bytes(), [part.pop("noise", None) for part in parts if part["role"] == "speech"], parts))
     assert shards[0] == shards[1] and shards[0][0] != shards[2][0] and shards[0][2] == shards[2][2]
@@ -796,7 +796,7 @@ def shard(small_data, tmp_path):
     """A copy of one shard and its index, to be damaged."""
     for suffix in (".tar", ".json"):
         shutil.copy(folder_of(small_data) / "interleaved" / f"train-000001{suffix}", tmp_path)
-    synth.read_index.cache_clear()
+    synth.open_shard.cache_clear()
     return tmp_path / "train-000001.tar"
 
 
@@ -816,7 +816,7 @@ def test_a_shard_cut_short_is_refused(shard):
     rng, data = random.Random(1), shard.read_bytes()
     for size in [0, len(data) - 1, *(rng.randrange(len(data)) for _ in range(20))]:
         shard.write_bytes(data[:size])
-        synth.read_index.cache_clear()
+        synth.open_shard.cache_clear()
         with pytest.raises(UserError, match=rf"train-000001.tar has {size} bytes where its index says {len(data)}; remove"):
             synth.read_index(shard)
 
@@ -839,7 +839,7 @@ def test_a_damaged_shard_is_made_again_once_removed(small_data, tmp_path):
     sentence = refused(command(*SMALL, f"data={folder}", folder=tmp_path))
     assert "train-000002.tar has 5000 bytes" in sentence and "remove the shard's two files" in sentence
     shard.unlink(), shard.with_suffix(".json").unlink()
-    synth.read_index.cache_clear()
+    synth.open_shard.cache_clear()
     synth.main([*SMALL, f"data={folder}"])
     assert contents(folder) == contents(folder_of(small_data))
 

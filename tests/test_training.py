@@ -223,7 +223,7 @@ def test_a_hearing_stage_leaves_the_llm_as_it_was(runner, many, tmp_path):
     assert distance(after["audio_tower.conv1.weight"], before["audio_tower.conv1.weight"]) > 0.003
     c = synth.load_config(runner.settings(given))
     tok = inserter.load_tokenizer(c)
-    path = inserter.Recipe(c, "tasks", "").paths[0]
+    path = inserter.Recipe(c, "tasks", "").path(0)
     clips = [clip for number in range(64) for clip in inserter.read_encoded(path, number, tok).clips]
     with torch.no_grad():
         heard = inserter.load_model(tmp_path / "runs/t/model").hear(list(map(torch.from_numpy, clips)))
@@ -235,8 +235,8 @@ def test_the_classes_of_a_hearing_stage_are_the_most_frequent_tokens(runner):
     c = synth.load_config(runner.settings())
     tok = inserter.load_tokenizer(c)
     stage = synth.Settings(c.train.stage | {"ctc_classes": 5, "mix": {"text": 0.5, "tasks": 0.5, "chat": 0.0}})
-    path, counts = inserter.Recipe(c, "tasks", "").paths[0], Counter()
-    for number in range(synth.read_index(path)["count"]):
+    path, counts = inserter.Recipe(c, "tasks", "").path(0), Counter()
+    for number in range(synth.open_shard(path).count):
         counts.update(i for ids in inserter.read_encoded(path, number, tok).word_ids for i in ids)
     assert inserter.frequent_tokens(c, tok, stage).tolist() == [i for i, _ in counts.most_common(5)]
 
@@ -254,9 +254,9 @@ def whole(runner, tmp_path_factory):
     return folder, int(done["out"].split("events ")[1])
 
 
-def finish(runner: Runner, folder: Path, **options: object) -> dict:
+def finish(runner: Runner, folder: Path, *more: str, **options: object) -> dict:
     """The run of `whole`, begun or continued in another folder."""
-    return runner(folder, stages(5, 2), "train.eval_every=3", **options)
+    return runner(folder, stages(5, 2), "train.eval_every=3", *more, **options)
 
 
 @pytest.mark.parametrize("share", [i / 32 for i in range(33)])
@@ -300,6 +300,14 @@ def test_one_rank_is_told_to_stop_and_all_do(runner, tmp_path, term_ranks):
     assert json.loads((states(folder)[-1] / "state.json").read_text())["step"] == step
     assert finish(runner, folder, world=2)["codes"] == [0, 0]
     same_end(folder, reference)
+
+
+def test_two_ranks_stopped_again_and_again(runner, many, twenty, tmp_path):
+    """Each rank's lanes go on from where they were, whatever the other rank knew of them when it started."""
+    for step in (2, 4, 6, 8):
+        runner(tmp_path, *many, stages(12), world=2, term_step=step, term_ranks=[0])
+    runner(tmp_path, *many, stages(12), world=2)
+    assert metrics(tmp_path, "batch") == metrics(twenty, "batch")[:12]
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
