@@ -1183,21 +1183,34 @@ def nearest_prompts(prompts: list[str], questions: list[str]) -> list[int]:
     >>> nearest_prompts(["what colour is the sun"], ["count to two", "the sun what colour is", "what is"])
     [1]
     """
-    words = set(words_of(" ".join([*questions, *prompts])))
-    ids = {word: i for i, word in enumerate(words)}
-    counts = np.zeros((len(questions), len(words)), np.int16)    # (questions, words)
-    for i, question in enumerate(questions):
-        for word in words_of(question):
-            counts[i, ids[word]] += 1
-    lengths = counts.sum(1)
+    index, lengths = word_index(tuple(questions))
     found = []
     for prompt in map(words_of, prompts):
-        common = sum(np.minimum(counts[:, ids[word]], n) for word, n in collections.Counter(prompt).items())
+        common = np.zeros(len(questions), np.int64)
+        for word, n in collections.Counter(prompt).items():
+            numbers, counts = index.get(word, NOWHERE)
+            common[numbers] += np.minimum(counts, n)
         differ = np.maximum(lengths, len(prompt)) - common       # (questions,)
         nearest = np.flatnonzero(differ == differ.min())
         distances = [torchaudio.functional.edit_distance(prompt, words_of(questions[i])) for i in nearest]
         found.append(int(nearest[np.argmin(distances)]))
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def word_index(questions: tuple[str, ...]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """{word: (2, n), the numbers of the questions that have it and how often}, and the questions' lengths."""
+    found = collections.defaultdict(list)
+    lengths = []
+    for number, question in enumerate(questions):
+        words = words_of(question)
+        lengths.append(len(words))
+        for word, n in collections.Counter(words).items():
+            found[word].append((number, n))
+    return {word: np.array(pairs).T for word, pairs in found.items()}, np.array(lengths)
+
+
+NOWHERE = np.zeros((2, 0), np.int64)
 
 
 # --------------------------------------------------------------------------------------------------

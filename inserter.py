@@ -1854,7 +1854,7 @@ def write(c: Settings) -> str:
 
 def user_questions(pattern: str) -> Iterator[str]:
     """The first user turn of each dialogue of a corpus."""
-    for document in synth.user_corpus(pattern):
+    for document in itertools.chain.from_iterable(map(synth.read_documents, synth.corpus_paths(pattern))):
         said = [turn["content"] for turn in document.get("messages", []) if turn["role"] == "user"]
         yield from said[:1]
 

@@ -35,6 +35,7 @@ A SAMPLE is what a shard holds and what inserter.py trains on, the same for ever
 
     python synth.py                           make the shards that are missing
     python synth.py shard=0/4                 make a quarter of them; 1/4, 2/4 and 3/4 on other machines, say
+    python synth.py plan=true                 say what would be made and what it would cost
     python synth.py synth.corpus='books/*.txt' data=data/books      your own text
 
 Everything a shard holds follows from the settings and the shard's number, so an interrupted synthesis
@@ -71,6 +72,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zlib
@@ -1086,13 +1088,12 @@ def write_corpus(c: Settings, folder: Path) -> dict:
         waiting[split].clear()
 
     for split, document in split_documents(c):
-        if not any(texts_of(document)):
+        if split is None:
             empty += 1
             continue
-        for piece in cut_document(document, c.synth.max_document):
-            waiting[split].append(json.dumps(piece, ensure_ascii=False).encode() + b"\n")
-            if len(waiting[split]) == c.synth.shard_documents:
-                flush(split)
+        waiting[split].append(json.dumps(document, ensure_ascii=False).encode() + b"\n")
+        if len(waiting[split]) == c.synth.shard_documents:
+            flush(split)
     for split, lines in waiting.items():
         if lines:
             flush(split)
@@ -1101,8 +1102,11 @@ def write_corpus(c: Settings, folder: Path) -> dict:
     return {"shards": dict(written), "empty_documents": empty}
 
 
-def split_documents(c: Settings) -> Iterator[tuple[str, dict]]:
-    """Each cleaned document with its split; those of several corpora mixed evenly, from first to last."""
+Split = Iterator[tuple[str | None, dict]]        # (train, dev or test; document); None for one that was empty
+
+
+def split_documents(c: Settings) -> Split:
+    """The documents, cleaned, cut and split; those of several corpora mixed evenly, from first to last."""
     corpora = [name.strip() for name in c.synth.corpus.split(",")]
     if len(corpora) == 1:
         yield from split_corpus(c, corpora[0])
@@ -1111,33 +1115,70 @@ def split_documents(c: Settings) -> Iterator[tuple[str, dict]]:
         yield split, document
 
 
-def placed(c: Settings, name: str) -> Iterator[tuple[float, str, dict]]:
+def placed(c: Settings, name: str) -> Iterator[tuple[float, str | None, dict]]:
     """One corpus's documents with their places between its beginning, 0, and its end, 1."""
     count = sum(1 for _ in split_corpus(c, name))
     for number, (split, document) in enumerate(split_corpus(c, name)):
         yield (number + 0.5) / count, split, document
 
 
-def split_corpus(c: Settings, name: str) -> Iterator[tuple[str, dict]]:
-    """One corpus's documents: the tiny world knows their splits, other text is divided by hash."""
-    settings = c.synth
+def split_corpus(c: Settings, name: str) -> Split:
+    """The tiny world, whose documents know their splits, or the files of a glob."""
     if name == "tiny":
-        for split, count in (("train", settings.documents), ("dev", settings.held_out_documents)):
-            for document in tiny_world(c.seed, split, count, settings.facts):
-                yield split, document
+        for split, count in (("train", c.synth.documents), ("dev", c.synth.held_out_documents)):
+            for document in tiny_world(c.seed, split, count, c.synth.facts):
+                for piece in cut_document(document, c.synth.max_document):
+                    yield split, piece
         return
-    for document in user_corpus(name):
+    paths = corpus_paths(name)
+    if len(paths) > 1 and c.synth.workers > 1 and not c.plan:
+        yield from split_files(c, paths)
+    else:
+        for path in paths:
+            yield from split_file(c, path)
+
+
+def split_files(c: Settings, paths: list[str]) -> Split:
+    """The documents of many files, in order, each file made ready by one of synth.workers processes.
+
+    They write what they make beside the corpus shards, at most two files each ahead of what is read here.
+    """
+    with (tempfile.TemporaryDirectory(prefix=".ready", dir=Path(c.data) / "corpus") as folder,
+          process_pool(c.synth.workers, "forkserver", end_with_parent) as pool):
+        ready = [Path(folder) / str(number) for number in range(len(paths))]
+        jobs = []
+        for number, path in enumerate(ready):
+            while len(jobs) < min(number + 2 * c.synth.workers, len(paths)):
+                jobs.append(pool.submit(write_ready, c, paths[len(jobs)], ready[len(jobs)]))
+            jobs[number].result()
+            with open(path, "rb") as file:
+                yield from map(json.loads, file)
+            path.unlink()
+
+
+def write_ready(c: Settings, path: str, ready: Path) -> None:
+    with open(ready, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(pair, ensure_ascii=False) + "\n" for pair in split_file(c, path))
+
+
+def split_file(c: Settings, path: str) -> Split:
+    """The documents of a user's file, divided by hash."""
+    for document in read_documents(path):
         if "messages" in document:
             turns = document["messages"]
             turns = [{"role": turn["role"], "content": clean(turn["content"])} for turn in turns]
             document = {"messages": turns}
         else:
             document = {"text": clean(document["text"])}
+        if not any(texts_of(document)):
+            yield None, document
+            continue
         share = hash_share("\n".join(texts_of(document)))
-        if share < settings.held_out_share:
-            yield "dev", document
-        else:
-            yield "test" if share < 2 * settings.held_out_share else "train", document
+        split = "train"
+        if share < 2 * c.synth.held_out_share:
+            split = "dev" if share < c.synth.held_out_share else "test"
+        for piece in cut_document(document, c.synth.max_document):
+            yield split, piece
 
 
 def texts_of(document: dict) -> list[str]:
@@ -1219,22 +1260,25 @@ def cut_dialogue(turns: list[dict], most: int) -> list[list[dict]]:
     return pieces
 
 
-def user_corpus(pattern: str) -> Iterator[dict]:
-    """Stream documents from *.txt files (blank lines between documents) and *.jsonl[.gz] files."""
+def corpus_paths(pattern: str) -> list[str]:
+    """The files of a glob."""
     paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
-    if not paths:
-        raise UserError(f"synth.corpus: {pattern!r} matches no file; give a glob such as 'books/*.txt', "
+    demand(bool(paths), f"synth.corpus: {pattern!r} matches no file; give a glob such as 'books/*.txt', "
                         "or tiny.")
-    for path in paths:
-        opener = gzip.open if path.endswith(".gz") else open
-        try:
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                if path.endswith((".jsonl", ".jsonl.gz")):
-                    yield from read_jsonl(file, path)
-                else:
-                    yield from read_paragraphs(file)
-        except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
-            raise UserError(f"{path} cannot be read as UTF-8 text ({error}); convert or remove it.") from None
+    return paths
+
+
+def read_documents(path: str) -> Iterator[dict]:
+    """Stream documents from a *.txt file (blank lines between documents) or a *.jsonl[.gz] file."""
+    opener = gzip.open if path.endswith(".gz") else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            if path.endswith((".jsonl", ".jsonl.gz")):
+                yield from read_jsonl(file, path)
+            else:
+                yield from read_paragraphs(file)
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text ({error}); convert or remove it.") from None
 
 
 def read_paragraphs(file: Iterable[str]) -> Iterator[dict]:
@@ -1280,7 +1324,13 @@ CLIPS_AT_ONCE = 32                # clips resampled, and batched by hf: engines,
 
 
 def plan_shard(c: Settings, recipe: str, split: str, number: int) -> list[dict]:
-    """The samples of corpus shard `number`; their speech parts have a voice, a dict, and no clip yet.
+    """The samples of corpus shard `number`, without clips."""
+    path = Path(c.data) / "corpus" / f"{split}-{number:06d}.jsonl"
+    return plan_samples(c, recipe, split, number, path.read_bytes().splitlines())
+
+
+def plan_samples(c: Settings, recipe: str, split: str, number: int, lines: list[bytes]) -> list[dict]:
+    """The samples of a corpus shard's lines; their speech parts have a voice, a dict, and no clip yet.
 
     A document's generator is seeded by the number of samples before it; a sample's voices are drawn before
     the next sample.
@@ -1288,10 +1338,9 @@ def plan_shard(c: Settings, recipe: str, split: str, number: int) -> list[dict]:
     settings = c.synth
     pool = read_voices(settings.voices) if settings.voices else None
     chosen_from = candidates(split, settings, pool)
-    path = Path(c.data) / "corpus" / f"{split}-{number:06d}.jsonl"
     first = number * 4 * settings.shard_documents           # `tasks` makes four samples of a document
     samples = []
-    for line in path.read_bytes().splitlines():
+    for line in lines:
         rng = Random(f"{c.seed} {recipe} {split} {number} {len(samples)}")
         draw = functools.partial(readable_voice, rng, chosen_from, settings)
         for sample in RECIPES[recipe](json.loads(line), settings, rng, draw):
@@ -1442,8 +1491,7 @@ def make_missing(c: Settings, keys: list[Key]) -> float:
         pool = concurrent.futures.ThreadPoolExecutor(workers)
     else:
         make = make_shard
-        context = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (context.Value("i"),))
+        pool = process_pool(workers, "spawn", start_worker, multiprocessing.get_context("spawn").Value("i"))
     jobs = [pool.submit(make, c, key) for key in keys]
     took = 0.0
     try:
@@ -1457,11 +1505,18 @@ def make_missing(c: Settings, keys: list[Key]) -> float:
     return took
 
 
+def process_pool(workers: int, method: str, initializer: Callable,
+                 *arguments: object) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that have our modules at hand. One that is killed ends all work, with BrokenProcessPool."""
+    context = multiprocessing.get_context(method)
+    if method == "forkserver":
+        context.set_forkserver_preload(["numpy", "torch", "torchaudio", "soundfile", "yaml"])
+    return concurrent.futures.ProcessPoolExecutor(workers, context, initializer, arguments)
+
+
 def in_a_fresh_process(c: Settings, key: Key) -> float:
     """make_shard in a process of its own."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["numpy", "torch", "torchaudio", "soundfile", "yaml"])
-    with concurrent.futures.ProcessPoolExecutor(1, context, end_with_parent) as process:
+    with process_pool(1, "forkserver", end_with_parent) as process:
         return process.submit(make_shard, c, key).result()
 
 
@@ -1508,6 +1563,71 @@ def report(c: Settings, keys: list[Key], made: int, took: float) -> None:
         speed = total["audio samples"] / RATE / took
         print(f"{made} shards made in {took:.0f} process-seconds" +
               (f", {speed:.0f} times real time on a core" if made == len(keys) else ""))
+
+
+class Trial(NamedTuple):
+    """What was seen of a recipe in a small trial, for each document of the corpus."""
+    samples: float
+    hours: float
+    gigabytes: float
+    process_hours: float
+
+
+def plan(c: Settings) -> None:
+    """Print what the settings would make and what it would cost, from a small trial; nothing is written."""
+    lines = []
+    documents = 0
+    for split, document in split_documents(c):
+        if split == "train":
+            documents += 1
+            if documents <= 300:
+                lines.append(json.dumps(document, ensure_ascii=False).encode())
+    demand(bool(lines), f"synth.corpus={c.synth.corpus!r} holds no text; check the files.")
+    row = "{:<12} {:>8} {:>12} {:>10} {:>10} {:>14}"
+    print(row.format("recipe", "shards", "samples", "hours", "GB", "process-hours"))
+    total = Trial(0, 0, 0, 0)
+    all_shards = 0
+    for recipe, most in c.synth.shards.items():
+        shards = min(most, math.ceil(documents / c.synth.shard_documents))
+        used = min(shards * c.synth.shard_documents, documents)
+        made = Trial(*(figure * used for figure in trial(c, recipe, lines)))
+        total = Trial(*map(sum, zip(total, made)))
+        all_shards += shards
+        print(row.format(recipe, shards, f"{made.samples:,.0f}", *(f"{figure:,.2f}" for figure in made[1:])))
+    print(row.format("all", all_shards, f"{total.samples:,.0f}", *(f"{figure:,.2f}" for figure in total[1:])))
+    print(f"of {documents:,} documents, measured on 50 clips of each recipe that speaks; nothing was written")
+    if c.plan != "true" and total.hours:
+        times = float(c.plan) / total.hours
+        print(f"{int(c.plan):,} hours of speech of this kind: {documents * times:,.0f} documents, "
+              f"{total.samples * times:,.0f} samples, {all_shards * times:,.0f} shards, "
+              f"{total.gigabytes * times / 1000:,.1f} TB; {total.process_hours * times:,.0f} process-hours "
+              f"by {c.synth.engine}, {int(c.plan) * 0.055:,.0f} GPU-hours by a TTS of real-time factor 0.055")
+
+
+def trial(c: Settings, recipe: str, lines: list[bytes]) -> Trial:
+    """Speak 50 of the clips that a recipe makes of these documents."""
+    samples = plan_samples(c, recipe, "train", 0, lines)
+    spoken = [part for sample in samples for parts in parts_of(sample) for part in parts
+              if part["role"] == "speech"]
+    bytes_of_text = len(json.dumps(samples, default=str))
+    if not spoken:
+        return Trial(len(samples) / len(lines), 0, bytes_of_text / len(lines) / 1e9, 0)
+    chosen = Random(c.seed).sample(spoken, min(50, len(spoken)))
+    letters, letters_chosen = (sum(len(part["text"]) for part in parts) for parts in (spoken, chosen))
+    times = letters / letters_chosen / len(lines)           # from what is chosen to what a document has
+    load_engine(c.synth.engine)                             # loading it is not measured
+    files: dict[str, bytes] = {}
+    counts: Counter = Counter()
+    started = time.perf_counter()
+    speak([{"parts": chosen, "messages": None}], c, (recipe, "train", 0))
+    finish_parts(chosen, files, c.synth.gate, counts)
+    took = time.perf_counter() - started
+    size = sum(map(len, files.values()))
+    return Trial(
+        samples=len(samples) / len(lines),
+        hours=counts["audio samples"] / RATE / 3600 * times,
+        gigabytes=(size * times + bytes_of_text / len(lines)) / 1e9,
+        process_hours=took / 3600 * times)
 
 
 def most_frequent(counts: Counter, kind: str) -> str:
@@ -1745,8 +1865,8 @@ def check_config(c: Settings) -> None:
     demand(re.fullmatch(r"[^\W_][\w.-]*", c.run) is not None,
            f"run={c.run!r} must be a plain folder name that begins with a letter or digit.")
     share_of(c.shard)
-    demand(not (c.fresh and c.shard),
-           "fresh=true removes the shards of all shares: give it once, without shard.")
+    demand(c.plan is None or re.fullmatch(r"true|[1-9]\d*", c.plan) is not None,
+           f"plan must be true, or a number of hours, not {c.plan!r}.")
 
 
 def check_synth(settings: Settings) -> None:
@@ -1784,11 +1904,18 @@ def check_model(model: Settings) -> None:
 
 
 def share_of(shard: str | None) -> tuple[int, int]:
-    """(i, n) of the setting shard=i/n; without it the whole, (0, 1).
+    """(i, n) of the setting shard=i/n; without it this process's place under torchrun or in a SLURM job.
 
     >>> share_of("2/4"), share_of(None)
     ((2, 4), (0, 1))
     """
+    if shard is None:
+        e = os.environ
+        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+                              ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+            if number in e and count in e:
+                first = int(e["SLURM_ARRAY_TASK_MIN"]) if "ARRAY" in number else 0
+                return int(e[number]) - first, int(e[count])
     numbers = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
     share, shares = map(int, numbers.groups()) if numbers else (0, 0)
     demand(share < shares, f"shard must be i/n with i from 0 to n-1, not {shard!r}.")
@@ -1885,7 +2012,12 @@ def main(arguments: list[str]) -> None:
     c = load_config(arguments)
     for key in ("preview", "ask"):
         demand(c[key] is None, f"{key} belongs to inserter.py: run python inserter.py {key}={c[key]}.")
-    make_shards(c)
+    demand(not (c.fresh and share_of(c.shard)[1] > 1),
+           "fresh=true removes the shards of all shares: give it once, in a process alone.")
+    if c.plan:
+        plan(c)
+    else:
+        make_shards(c)
 
 
 # --------------------------------------------------------------------------------------------------

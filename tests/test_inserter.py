@@ -897,7 +897,7 @@ def test_an_llm_writes_dialogues_and_a_stopped_run_goes_on(writer, tmp_path):
         file.write('{"number": 6, "mess')
     M.write(again)
     assert Path(again.write).read_text() == whole and whole.startswith(part) and part != whole
-    assert [document["messages"] for document in synth.user_corpus(writer.write)] == [row["messages"] for row in rows]
+    assert [document["messages"] for document in synth.read_documents(writer.write)] == [row["messages"] for row in rows]
 
 
 def test_an_llm_answers_the_user_turns_of_a_corpus(writer, tok, tmp_path):

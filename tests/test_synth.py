@@ -417,6 +417,25 @@ def test_corpora_are_mixed_evenly(tmp_path):
         list(synth.split_documents(synth.load_config(["synth.corpus=tiny,nowhere.txt"])))
 
 
+def test_many_files_are_made_ready_by_many_processes(tmp_path):
+    """The same shards, byte for byte, as one process makes; a bad file is named, and nothing is left behind."""
+    for n in range(7):
+        texts = [f"<p>File {n} speaks &amp; says {m}.</p>" for m in range(20 * n)] + ["<p></p>"] * (n % 2)
+        (tmp_path / f"{n}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = []
+    for workers in (1, 3):
+        c = synth.load_config([f"synth.corpus={tmp_path}/*.jsonl", f"data={tmp_path}/{workers}", "synth.shard_documents=50",
+                               f"synth.workers={workers}"])
+        synth.make_corpus(c)
+        found.append(contents(c.data))
+    assert found[0] == found[1] and json.loads(found[0]["corpus/index.json"])["empty_documents"] == 3
+    (tmp_path / "3.jsonl").write_text("no json\n")
+    c = synth.load_config([f"synth.corpus={tmp_path}/*.jsonl", f"data={tmp_path}/bad", "synth.workers=3"])
+    with pytest.raises(UserError, match="3.jsonl line 1 is not JSON"):
+        synth.make_corpus(c)
+    assert not list((tmp_path / "bad" / "corpus").glob(".ready*"))
+
+
 @pytest.mark.parametrize("text, most, pieces", [
     ("One two. Three four. Five six.", 4, ["One two. Three four. ", "Five six."]),
     ("One two. Three four. Five six.", 6, ["One two. Three four. Five six."]),
