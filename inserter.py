@@ -595,7 +595,7 @@ class InSerter(nn.Module):
         if waveforms:
             rows = torch.nonzero_static(is_audio, size=count)[:, 0].to(x.device, non_blocking=True)
             return x.index_copy(0, rows, self.hear(waveforms).to(x.dtype))
-        if torch.is_grad_enabled() or self.sharded:                     # or the other ranks would hang
+        if torch.is_grad_enabled() or self.sharded:                     # no rank may leave one out
             x = x + 0 * self.hear([torch.zeros(4 * HOP)]).sum()
         return x
 
@@ -669,7 +669,7 @@ def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]
     blank = torch.tensor([model.config.audio_token_index])
     table = model.language_model.model.embed_tokens.weight
     if classes is not None:
-        classes = torch.cat([classes, targets, blank]).unique()
+        classes = torch.cat([classes.cpu(), targets, blank]).unique()   # FSDP2 moves what it is given
         table = table[classes.to(table.device)]
         targets = torch.searchsorted(classes, targets)                  # the ids' places among the classes
         blank = torch.searchsorted(classes, blank)
@@ -721,6 +721,7 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
     trained = freeze(model, stage)
     optimizers = make_optimizers(c, model, stage)
     restore_optimizers(model, optimizers, saved)
+    saved.clear()
     network = model
     if world > 1 and not model.sharded:
         network = DistributedDataParallel(model, find_unused_parameters=stage.ctc,
@@ -955,15 +956,15 @@ class Recipe:
         self.salt = f"{c.seed} {salt} {name}"
         finished = synth.finished_shards(Path(c.data) / name, "train")
         self.numbers = synth.chosen_shards(finished, c.synth.shards.get(name, 0))
-        self.counts = [synth.read_head(self.path(shard))["count"] for shard in range(len(self.numbers))]
+        self.counts = [synth.read_head(self.path(nth))["count"] for nth in range(len(self.numbers))]
         self.total = sum(self.counts)
         self.epoch = None                    # the epoch whose order is known
         if not self.total:
             raise UserError(f"{c.data} has no sample of the recipe {name}, which the stage's mix asks for; "
                             "set its share to 0 or give a corpus that has dialogues.")
 
-    def path(self, shard: int) -> Path:
-        return synth.shard_path(self.c, self.name, "train", self.numbers[shard])
+    def path(self, nth: int) -> Path:
+        return synth.shard_path(self.c, self.name, "train", self.numbers[nth])
 
     def locate(self, epoch: int, index: int) -> tuple[Path, int]:
         """Shard and number of the index-th sample of an epoch."""
@@ -1743,7 +1744,7 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens
             clips = [torch.from_numpy(clip) for clip in prompts[i].clips]
             asked.append((torch.tensor(prompts[i].ids), clips))
         generators = [torch.Generator().manual_seed(zlib.crc32(prompts[i].name.encode())) for i in chosen]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_recent_gpu(device)):
             answers = generate(model, asked, max_tokens, tok.stops, banned, temperature, generators)
         for i, (ids, truncated) in zip(chosen, answers):
             done[i] = tok.decode(ids), truncated
@@ -1914,6 +1915,7 @@ def previewed(sample: dict, files: dict[str, bytes], tok: Tokenizer) -> dict:
 # tokenizer can be compared. Obedience stands beside it where the corpus has dialogues.
 # --------------------------------------------------------------------------------------------------
 
+@torch.compiler.set_stance("force_eager")    # else generation's many shapes would use up the compilations
 @torch.no_grad()
 def evaluate(c: Settings, model: InSerter, tok: Tokenizer) -> dict[str, float]:
     """A point of the gap curve, by all ranks together. The loss on text beside it shows what is forgotten.
@@ -1989,6 +1991,8 @@ def nats(c: Settings, model: InSerter, encoded: list[Encoded]) -> float:
         pack = packed(group, ctc=False, waste=0, skipped=[], cursor={})
         with mixed_precision(c):
             total += float(model(**batch_of([pack]), chunk=c.train.loss_chunk))
+    if model.sharded:
+        model.reshard()                      # FSDP2 leaves that to a backward pass, which does not come
     return total
 
 
@@ -2062,11 +2066,11 @@ def train(c: Settings, arguments: list[str]) -> None:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise UserError("Another process of this run has gone, killed perhaps; start the same command again: "
-                        "it continues from the last state.") from None
+                        f"it continues from the last state. ({str(error).splitlines()[0]})") from None
 
 
 def run_stages(c: Settings, arguments: list[str]) -> None:
-    """`train`, where no process dies."""
+    """Make ready what a run needs, then train stage by stage."""
     rank, world = rank_and_world()
     stages = stages_of(c)
     for name in stages:
@@ -2085,16 +2089,22 @@ def run_stages(c: Settings, arguments: list[str]) -> None:
     if tensors:
         weights = {name[len("weight."):]: t for name, t in tensors.items() if name.startswith("weight.")}
         model.load_state_dict(weights, strict=False)
+        del weights
         say(f"continuing run {c.run} in stage {progress.stage} after step {progress.step}")
     check_agreement(c, progress, model)
     model.recompute = c.train.checkpointing
-    model.to(device_here())
+    if c.train.compile:
+        for block in blocks_of(model):
+            block.compile()
     if c.train.shard and world > 1:
-        shard(model)
+        divide(model)                        # moves it block by block: a GPU may not hold it whole
+    else:
+        model.to(device_here())
     if rank == 0:
         tidy(c, progress.step)
     say(describe(model))
     saved = {name: t for name, t in tensors.items() if name.startswith("optim.")}
+    del tensors                              # `train_stage` empties `saved`: a state may fill the memory
     first_step = progress.step
     for name in stages[stages.index(progress.stage):]:
         if name != progress.stage:
@@ -2145,7 +2155,7 @@ def check_agreement(c: Settings, progress: Progress, model: InSerter) -> None:
                             f"share {run_folder(c)}, or copy that of rank 0 to each.")
 
 
-def shard(model: InSerter) -> None:
+def divide(model: InSerter) -> None:
     """Divide parameters, gradients and AdamW's slots among the ranks (PyTorch's FSDP2), block by block.
 
     Each rank keeps its share and borrows a block's parameters from the others while it computes with them: a
@@ -2153,10 +2163,14 @@ def shard(model: InSerter) -> None:
     """
     _, world = rank_and_world()
     mesh = init_device_mesh(device_here().type, (world,))
-    for block in [*model.audio_tower.layers, *model.language_model.model.layers]:
+    for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)            # what stands in no block
     model.sharded = True
+
+
+def blocks_of(model: InSerter) -> list[nn.Module]:
+    return [*model.audio_tower.layers, *model.language_model.model.layers]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -2211,7 +2225,7 @@ def make_missing_shards(c: Settings, arguments: list[str]) -> None:
     wanted = [synth.shard_path(c, *key) for key in synth.wanted_shards(c)]
     if any(gather(any(not path.is_file() for path in wanted))):
         say("making the missing shards first")
-        kept = [a for a in arguments if a.partition("=")[0] not in ("shard", "fresh")]
+        kept = [a for a in arguments if a.partition("=")[0] not in ("shard", "fresh", "plan")]
         command = [sys.executable, synth.__file__, *kept, f"shard={rank}/{world}"]
         if any(gather(subprocess.run(command).returncode)):
             sys.exit(2)                      # synth.py has said why
@@ -2231,7 +2245,7 @@ def wait_for(paths: list[Path]) -> None:
                 return
         minutes = 0 if len(left) < len(missing) else minutes + 1
         missing = left
-        say(f"waiting for {len(missing)} shards of other processes, {missing[0]} among them")
+        print(f"waiting for {len(missing)} shards of other processes, {missing[0]} among them", flush=True)
         if minutes == 60:
             raise UserError(f"No shard has come for an hour, and {len(missing)} are missing, {missing[0]} "
                             "among them: did the process that makes them die? Start the same command again.")
@@ -2274,7 +2288,7 @@ def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, pro
 
 
 def whole_tensors(model: InSerter, optimizers: list) -> dict[str, Tensor]:
-    """weight.<parameter> and optim.<slot>.<parameter>, whole and on the CPU; on rank 0 alone."""
+    """weight.<parameter> and optim.<slot>.<parameter>, whole, on the CPU. All ranks call; one gets them."""
     tensors = {}
     for name, p in model.named_parameters():
         slots = {f"optim.{slot}.{name}": value for optimizer in optimizers
@@ -2301,8 +2315,8 @@ def save_state(c: Settings, tensors: dict[str, Tensor], state: dict) -> None:
         replace_folder(aside, folder)
     states = sorted(folder.parent.glob("[0-9]*"))
     damaged = [state for state in states if state > folder]         # or this run would have continued from it
-    whole = states[:len(states) - len(damaged)]
-    for old in damaged + whole[:-c.train.keep_states]:
+    sound = states[:len(states) - len(damaged)]
+    for old in damaged + sound[:-c.train.keep_states]:
         hidden = old.rename(old.with_name(f".old.{old.name}"))
         shutil.rmtree(hidden)
 
@@ -2412,9 +2426,9 @@ def device_here() -> torch.device:
 
 def mixed_precision(c: Settings) -> torch.autocast:
     """Context in which matrix products are bfloat16, where train.precision wants that here."""
-    device = device_here().type
-    half = c.train.precision == "bfloat16" or (c.train.precision == "auto" and device == "cuda")
-    return torch.autocast(device, torch.bfloat16, enabled=half)
+    device = device_here()
+    half = c.train.precision == "bfloat16" or (c.train.precision == "auto" and is_recent_gpu(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
@@ -2442,8 +2456,9 @@ def agreed(action: Callable[[], None]) -> None:
         action()
     except UserError as error:
         problem = str(error)
-    for problem in filter(None, gather(problem)):
-        raise UserError(problem)
+    problems = [problem for problem in gather(problem) if problem]
+    if problems:
+        raise UserError(problems[0])
 
 
 @lru_cache
@@ -2617,7 +2632,13 @@ def uses_kernel(device: torch.device, head_size: int) -> bool:
     """Whether such heads are attended by `fused_attention`: on a GPU, or by Triton's interpreter."""
     if triton is None or head_size not in HEAD_SIZES:
         return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return is_recent_gpu(device) or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@lru_cache
+def is_recent_gpu(device: torch.device) -> bool:
+    """Whether it computes in bfloat16 and has what the kernel needs: Ampere (A100, RTX 30) or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def packed_attention(cu_seqlens: Tensor, causal: bool, x: Tensor, head_size: int) -> Callable[..., Tensor]:

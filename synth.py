@@ -793,7 +793,7 @@ def noise_of(kind: str, samples: int, clips: list[np.ndarray], rng: np.random.Ge
     """(samples,) float32 of noise, of any level.
 
     kind: white; pink (power falls as 1/f); coloured (its power walks at random from octave to octave); babble
-    (five of the clips, which others said, at once); or the path of a recording, from anywhere in it.
+    (five clips that others said, at once); or the path of a recording, from anywhere in it.
     """
     if kind == "babble":
         total = np.zeros(samples, np.float32)
@@ -813,7 +813,8 @@ def noise_of(kind: str, samples: int, clips: list[np.ndarray], rng: np.random.Ge
         return np.fft.irfft(spectrum, samples).astype(np.float32)
     recording = read_recording(kind)
     repeated = np.resize(recording, max(samples, len(recording)))
-    return np.roll(repeated, rng.integers(len(recording)))[:samples]
+    loud = np.flatnonzero(recording)                        # begin where there is sound: silence has no level
+    return np.roll(repeated, -int(rng.choice(loud)))[:samples]
 
 
 def recordings(folder: str, key: str) -> list[str]:
@@ -1025,13 +1026,14 @@ class Shard:
         self.file.seek(offset)
         blob = self.file.read(length)
         if hashlib.sha256(blob).digest() != self.digests[32 * number:32 * number + 32]:
-            raise UserError(f"Sample {number} of {self.path} is damaged (its SHA-256 differs); {DAMAGED}.")
+            name = read_index(self.path)["samples"][number][0]
+            raise UserError(f"Sample {name} in {self.path} is damaged (its SHA-256 differs); {DAMAGED}.")
         with tarfile.open(fileobj=io.BytesIO(blob)) as tar:
             members = {member.name.partition(".")[2]: tar.extractfile(member).read() for member in tar}
         return json.loads(members.pop("json")), members
 
 
-open_shard = functools.lru_cache(maxsize=64)(Shard)         # each lane reads on in one shard of a recipe
+open_shard = functools.lru_cache(maxsize=256)(Shard)        # each lane reads on in one shard of a recipe
 
 
 def read_sample(path: Path, number: int) -> tuple[dict, dict[str, bytes]]:
@@ -1072,6 +1074,8 @@ def make_corpus(c: Settings) -> dict[str, int]:
         same_settings(path=folder / "settings.yaml", now=shaping, may_change=(), remedy=OTHER_DATA,
                       begun=index.is_file())
         if not index.is_file():
+            for left in folder.glob(".ready*"):             # by a killed process
+                shutil.rmtree(left, ignore_errors=True)
             write_whole(index, json.dumps(write_corpus(c, folder)).encode())
         return json.loads(index.read_text())["shards"]
 
@@ -1144,13 +1148,17 @@ def split_files(c: Settings, paths: list[str]) -> Split:
     They write what they make beside the corpus shards, at most two files each ahead of what is read here.
     """
     with (tempfile.TemporaryDirectory(prefix=".ready", dir=Path(c.data) / "corpus") as folder,
-          process_pool(c.synth.workers, "forkserver", end_with_parent) as pool):
+          process_pool(c.synth.workers, "spawn", end_with_parent) as pool):
         ready = [Path(folder) / str(number) for number in range(len(paths))]
         jobs = []
         for number, path in enumerate(ready):
             while len(jobs) < min(number + 2 * c.synth.workers, len(paths)):
                 jobs.append(pool.submit(write_ready, c, paths[len(jobs)], ready[len(jobs)]))
-            jobs[number].result()
+            try:
+                jobs[number].result()
+            except concurrent.futures.process.BrokenProcessPool:
+                raise UserError(f"A process that read {paths[number]} or a file near it was killed, perhaps "
+                                "for want of memory; start again with fewer synth.workers.") from None
             with open(path, "rb") as file:
                 yield from map(json.loads, file)
             path.unlink()
@@ -1549,7 +1557,7 @@ def report(c: Settings, keys: list[Key], made: int, took: float) -> None:
     print(row.format("recipe", "split", "shards", "samples", "hours", "clips", "speech words"))
     total = Counter()
     for recipe, split in dict.fromkeys(key[:2] for key in keys):
-        shards = [read_head(shard_path(c, *key))["counts"] for key in keys if key[:2] == (recipe, split)]
+        shards = [read_index(shard_path(c, *key))["counts"] for key in keys if key[:2] == (recipe, split)]
         n = sum(map(Counter, shards), Counter())
         total += n
         hours = f"{n['audio samples'] / RATE / 3600:.2f}"
@@ -1575,6 +1583,7 @@ class Trial(NamedTuple):
 
 def plan(c: Settings) -> None:
     """Print what the settings would make and what it would cost, from a small trial; nothing is written."""
+    torch.set_num_threads(1)                                # as a process has that makes shards
     lines = []
     documents = 0
     for split, document in split_documents(c):
@@ -1609,7 +1618,7 @@ def trial(c: Settings, recipe: str, lines: list[bytes]) -> Trial:
     samples = plan_samples(c, recipe, "train", 0, lines)
     spoken = [part for sample in samples for parts in parts_of(sample) for part in parts
               if part["role"] == "speech"]
-    bytes_of_text = len(json.dumps(samples, default=str))
+    bytes_of_text = len(json.dumps(samples, default=str)) + 1600 * len(samples) + 1000 * len(spoken)
     if not spoken:
         return Trial(len(samples) / len(lines), 0, bytes_of_text / len(lines) / 1e9, 0)
     chosen = Random(c.seed).sample(spoken, min(50, len(spoken)))
@@ -1914,8 +1923,13 @@ def share_of(shard: str | None) -> tuple[int, int]:
         for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
                               ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
             if number in e and count in e:
-                first = int(e["SLURM_ARRAY_TASK_MIN"]) if "ARRAY" in number else 0
-                return int(e[number]) - first, int(e[count])
+                first, step = 0, 1
+                if "ARRAY" in number:
+                    first, step = int(e["SLURM_ARRAY_TASK_MIN"]), int(e.get("SLURM_ARRAY_TASK_STEP", 1))
+                share, shares = (int(e[number]) - first) // step, int(e[count])
+                demand(share < shares, f"{number}={e[number]} does not say which of {shares} shares this is; "
+                                       "number the array without gaps, or give shard=i/n.")
+                return share, shares
     numbers = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
     share, shares = map(int, numbers.groups()) if numbers else (0, 0)
     demand(share < shares, f"shard must be i/n with i from 0 to n-1, not {shard!r}.")

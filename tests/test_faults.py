@@ -189,7 +189,7 @@ def speak(texts, voices, seed):
 
 def python_voice(folder: Path, workers: int = 2) -> list:
     (folder / "slow_voice.py").write_text(SLOW_VOICE)
-    return [sys.executable, ROOT / "synth.py", *SMALL, f"synth.workers={workers}",
+    return [sys.executable, ROOT / "synth.py", *SMALL[:-1], f"synth.workers={workers}",
             "synth.engine=python:slow_voice:speak", "synth.shards={chat: 4}"]
 
 
@@ -234,9 +234,8 @@ def test_a_killed_espeak_process_is_one_sentence(marked, tmp_path):
     run.until(run.ended, seconds=10)
 
 
-def test_waiting_for_shards_says_so_and_has_an_end(monkeypatch, tmp_path):
+def test_waiting_for_shards_says_so_and_has_an_end(monkeypatch, tmp_path, capsys):
     """Once a minute; an hour without a new shard is too long, one that comes starts the hour again."""
-    said = []
     minutes = [0]
     paths = [tmp_path / "a.tar", tmp_path / "b.tar"]
 
@@ -246,9 +245,9 @@ def test_waiting_for_shards_says_so_and_has_an_end(monkeypatch, tmp_path):
             paths[0].touch()
 
     monkeypatch.setattr(inserter.time, "sleep", sleep)
-    monkeypatch.setattr(inserter, "say", said.append)
     with pytest.raises(UserError, match=r"No shard has come for an hour, and 1 are missing, .*b\.tar"):
         inserter.wait_for(paths)
+    said = capsys.readouterr().out.splitlines()
     assert round(minutes[0]) == 111 and len(said) == 111
     assert "2 shards" in said[0] and "1 shards" in said[-1]
     paths[1].touch()
@@ -494,3 +493,67 @@ def test_a_run_goes_on_sharded_and_back(runner, many, tmp_path):                
 def test_sharding_wants_adamw():
     with pytest.raises(UserError, match="train.shard=true cannot divide Muon's slots; set train.stages.warmup_hear"):
         synth.load_config(["train.shard=true"])
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Many machines
+# --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("environment, share", [
+    ({}, (0, 1)),
+    ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8)),
+    ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "2"}, (3, 4)),
+    ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, (0, 1))])              # the batch script itself, in no step
+def test_a_process_takes_its_share_from_its_environment(monkeypatch, environment, share):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert synth.share_of(None) == share
+    assert synth.share_of("1/2") == (1, 2)
+
+
+def test_shares_by_environment_make_everything_once(tmp_path, monkeypatch, small_data):
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        synth.main([*SMALL, f"data={tmp_path / 'data'}"])
+        with pytest.raises(UserError, match="fresh=true removes the shards of all shares"):
+            synth.main([*SMALL, f"data={tmp_path / 'data'}", "fresh=true"])
+    with pytest.raises(UserError, match="give it once, in a process alone"):
+        synth.main([*SMALL, f"data={tmp_path / 'data'}", "fresh=true", "shard=0/2"])
+    c = synth.load_config(small_data)
+    for key in synth.wanted_shards(c):
+        path = synth.shard_path(c, *key)
+        assert (tmp_path / "data" / path.relative_to(c.data)).read_bytes() == path.read_bytes()
+
+
+def test_a_plan_says_what_will_be_made_and_makes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    size = ["synth.documents=400", "synth.held_out_documents=20", "synth.shard_documents=100"]
+    synth.main([*size, "data=planned", "plan=1000"])
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().out.splitlines()
+    planned = {row.split()[0]: [float(cell.replace(",", "")) for cell in row.split()[1:]] for row in said[1:6]}
+    synth.main([*size, "data=made"])
+    for row in capsys.readouterr().out.splitlines():
+        cells = row.split()
+        if cells[1:2] == ["train"]:
+            shards, samples, hours, _, _ = planned[cells[0]]
+            assert shards == int(cells[2]) and samples == pytest.approx(int(cells[3]), rel=0.02)
+            assert hours == pytest.approx(float(cells[4]), rel=0.15, abs=0.006)
+    assert said[-1].startswith("1,000 hours of speech of this kind:") and "55 GPU-hours" in said[-1]
+    with pytest.raises(UserError, match="plan must be true, or a number of hours, not 'yes'"):
+        synth.load_config(["plan=yes"])
+
+
+def test_old_gpus_take_plain_attention_and_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    inserter.is_recent_gpu.cache_clear()
+    t4 = torch.device("cuda", 0)
+    assert not inserter.is_recent_gpu(t4) and not inserter.uses_kernel(t4, 64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    inserter.is_recent_gpu.cache_clear()
+    assert inserter.is_recent_gpu(t4) and inserter.uses_kernel(t4, 64)
+    inserter.is_recent_gpu.cache_clear()
