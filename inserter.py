@@ -1826,6 +1826,7 @@ def write(c: Settings) -> str:
         given = list(itertools.islice(user_questions(c.writing.to), c.writing.documents))
     wanted = c.writing.documents if given is None else len(given)
     path = Path(c.write)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = synth.whole_lines(path)
     first = json.loads(lines[-1])["number"] + 1 if lines else 0
     kept = 0

@@ -86,11 +86,14 @@ def test_padding_by_repeating_the_last_bound_adds_no_work():
     assert len(found[0]) == 4
 
 
-def test_attention_is_plain_on_a_cpu():
+def test_attention_is_plain_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    M.is_recent_gpu.cache_clear()
     assert not M.uses_kernel(torch.device("cpu"), 64)
     if M.triton is not None:
         assert M.uses_kernel(torch.device("cuda"), 64)
         assert not M.uses_kernel(torch.device("cuda"), 40)
+    M.is_recent_gpu.cache_clear()
 
 
 # --------------------------------------------------------------------------------------------------

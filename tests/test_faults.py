@@ -211,14 +211,14 @@ def test_synthesis_workers_end_with_who_started_them(marked, tmp_path, engine):
         run = marked(*python_voice(tmp_path), folder=tmp_path)
         run.until((tmp_path / "waiting").exists)
     else:
-        run = marked(sys.executable, ROOT / "synth.py", "synth.documents=60000", "synth.workers=2", folder=tmp_path)
+        run = marked(sys.executable, ROOT / "synth.py", "synth.documents=8000", "synth.workers=2", folder=tmp_path)
         run.until(lambda: any("forkserver" in command for command in run.alive().values()))
     os.kill(run.process.pid, signal.SIGKILL)
     run.until(run.ended, seconds=10)
 
 
 def test_a_killed_espeak_process_is_one_sentence(marked, tmp_path):
-    run = marked(sys.executable, ROOT / "synth.py", "synth.documents=60000", "synth.workers=1", folder=tmp_path)
+    run = marked(sys.executable, ROOT / "synth.py", "synth.documents=8000", "synth.workers=1", folder=tmp_path)
 
     def child():
         """A process that makes a shard: a child of the fork server."""
