@@ -49,14 +49,12 @@ Every figure is computed from answered rows alone, by the functions behind `scor
 import ast
 import base64
 import collections
-import concurrent.futures
 import functools
 import hashlib
 import inspect
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -1027,8 +1025,7 @@ def make_prompts(c: synth.Settings, folder: Path) -> list[dict]:
     spoken = [row for row in rows if row["audio_path"]]
     spoken.sort(key=lambda row: row["condition"] != "standard")       # its clips are the others' babble
     (folder / "audio").mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    with concurrent.futures.ProcessPoolExecutor(1, context, synth.end_with_parent) as process:
+    with synth.process_pool(1, "forkserver", synth.end_with_parent) as process:
         seconds = process.submit(speak, c, spoken, folder).result()
     for row, length in zip(spoken, seconds):
         row |= {"seconds": length, "voice": row["voice"]["id"]}

@@ -2079,8 +2079,8 @@ def run_stages(c: Settings, arguments: list[str]) -> None:
             raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the "
                             f"{world} processes; choose one that is.")
     start_group()
-    agreed(lambda: open_run(c, first=True) if rank == 0 else None)
-    agreed(lambda: open_run(c, first=False) if rank > 0 else None)      # what fresh=true removes is gone now
+    agreed(lambda: open_run(c) if rank == 0 else None)
+    agreed(lambda: open_run(c) if rank > 0 else None)                   # after rank 0 has made way
     make_missing_shards(c, arguments)
     tok = load_tokenizer(c)
     stopping: list[int] = []
@@ -2204,13 +2204,13 @@ def run_folder(c: Settings) -> Path:
     return Path("runs") / c.run
 
 
-def open_run(c: Settings, first: bool) -> None:
+def open_run(c: Settings) -> None:
     """Make the run's folder, or check that it was begun with these settings: its config.yaml keeps them.
 
-    first: whether this is the process that removes an old run, if fresh=true asks for it
+    Rank 0 removes an old run, if fresh=true asks for it.
     """
     folder = run_folder(c)
-    if c.fresh and first and folder.exists():
+    if c.fresh and rank_and_world()[0] == 0 and folder.exists():
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder} has no config.yaml, so it may hold something else than a run; remove "
                             "it yourself, or choose another name with run=….")

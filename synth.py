@@ -79,7 +79,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 from random import Random
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 import numpy as np
 import soundfile
@@ -1919,21 +1919,30 @@ def share_of(shard: str | None) -> tuple[int, int]:
     ((2, 4), (0, 1))
     """
     if shard is None:
-        e = os.environ
-        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-                              ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-            if number in e and count in e:
-                first, step = 0, 1
-                if "ARRAY" in number:
-                    first, step = int(e["SLURM_ARRAY_TASK_MIN"]), int(e.get("SLURM_ARRAY_TASK_STEP", 1))
-                share, shares = (int(e[number]) - first) // step, int(e[count])
-                demand(share < shares, f"{number}={e[number]} does not say which of {shares} shares this is; "
-                                       "number the array without gaps, or give shard=i/n.")
-                return share, shares
-    numbers = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+        shard = "{}/{}".format(*place_among_processes(os.environ))
+    numbers = re.fullmatch(r"(\d+)/(\d+)", shard)
     share, shares = map(int, numbers.groups()) if numbers else (0, 0)
-    demand(share < shares, f"shard must be i/n with i from 0 to n-1, not {shard!r}.")
+    demand(share < shares, f"shard must be i/n with i from 0 to n-1, not {shard!r}; of a SLURM array without "
+                           "gaps it follows by itself.")
     return share, shares
+
+
+def place_among_processes(environment: Mapping[str, str]) -> tuple[int, int]:
+    """(i, n): the i-th of n processes that torchrun, a SLURM array or srun has started; alone, (0, 1).
+
+    >>> place_among_processes({"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "3",
+    ...                        "SLURM_ARRAY_TASK_MIN": "2", "SLURM_ARRAY_TASK_STEP": "2"})    # 2, 4 and 6
+    (2, 3)
+    """
+    def number(name: str, default: int = 0) -> int:
+        return int(environment.get(name, default))
+
+    if "WORLD_SIZE" in environment:
+        return number("RANK"), number("WORLD_SIZE")
+    if "SLURM_ARRAY_TASK_COUNT" in environment:
+        place = number("SLURM_ARRAY_TASK_ID") - number("SLURM_ARRAY_TASK_MIN")
+        return place // number("SLURM_ARRAY_TASK_STEP", 1), number("SLURM_ARRAY_TASK_COUNT")
+    return number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS", 1)
 
 
 def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str, begun: bool = True) -> None:
