@@ -911,12 +911,13 @@ def packed(documents: list[Encoded], ctc: bool, waste: int, skipped: list[str], 
     labels = np.array([label for document in documents for label in document.labels], np.int64)
     clips = [clip for document in documents for clip in document.clips]
     word_ids = [ids for document in documents for ids in document.word_ids]
+    silence = np.zeros(0, np.float32)        # where there is no clip
     return Pack(
         ids=np.array([i for document in documents for i in document.ids], np.int64),
         labels=labels,
         position_ids=np.concatenate([np.arange(length) for length in lengths]),
         cu_seqlens=[0, *np.cumsum(lengths).tolist()],
-        audio=torch.from_numpy(np.rint(np.concatenate([np.zeros(0), *clips]) * 32768).astype(np.int16)),
+        audio=torch.from_numpy(np.rint(np.concatenate([silence, *clips]) * 32768).astype(np.int16)),
         clip_samples=[len(clip) for clip in clips],
         word_ids=word_ids if ctc else None,
         names=[document.name for document in documents],
@@ -1003,20 +1004,21 @@ class Reader:
     def __init__(self, c: Settings, tok: Tokenizer, recipe: Recipe, lane: int, lane_count: int, cursor: dict):
         self.tok = tok
         self.recipe = recipe
-        self.lane = lane
-        self.lane_count = lane_count
-        first, end = (number * recipe.total // lane_count for number in (lane, lane + 1))
-        self.stretch = max(end - first, 1)   # samples of an epoch that the lane reads
+        self.first, end = (number * recipe.total // lane_count for number in (lane, lane + 1))
+        self.stretch = max(end - self.first, 1)
         self.length = c.train.pack_length
         self.most_open = c.train.open_documents
         self.cursor = cursor
         self.open = [self.read(epoch, index) for epoch, index in cursor["open"]]
 
     def read(self, epoch: int, index: int) -> Encoded:
-        """The lane's index-th sample of an epoch. Each lane reads on in a stretch of its own, so that a step
-        sees samples from all over the corpus; where there are more lanes than samples, some share one."""
-        first = self.lane * self.recipe.total // self.lane_count
-        path, number = self.recipe.locate(epoch, first + index)
+        """The lane's index-th sample of an epoch.
+
+        Each lane reads on in a stretch of its own, so that a step sees samples from all over the corpus: of
+        21 samples four lanes read 0 to 4, 5 to 9, 10 to 14 and 15 to 20. Where there are more lanes than
+        samples, some share one.
+        """
+        path, number = self.recipe.locate(epoch, self.first + index)
         return read_encoded(path, number, self.tok)
 
     def open_more(self) -> list[str]:

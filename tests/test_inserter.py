@@ -535,7 +535,7 @@ def test_a_pack_is_whole_documents_and_no_padding(c, tok):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_epoch_gives_every_sample_once(c, tok, recipe, monkeypatch):
-    """Four lanes share a recipe's 21 samples (6, 5, 5, 5), and share them out anew in the next epoch.
+    """Four lanes share a recipe's 21 samples (5, 5, 5, 6), and share them out anew in the next epoch.
 
     What is read is packed, or left out as longer than a pack (two of `text` are), but for the documents that
     are open at the end.
