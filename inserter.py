@@ -381,13 +381,13 @@ class Encoder(nn.Module):
         x = self.convolutions(mel, samples)                                             # (sum of L, d)
         lengths = torch.tensor([convolved(n) for n in samples])
         _, position = ragged(lengths)
-        x = x + self.embed_positions(position.to(device, non_blocking=True))
+        x = x + self.embed_positions(sent(position, device))
         starts = F.pad(lengths.cumsum(0), (1, 0)).int()
         x = F.pad(x, (0, 0, 0, -len(x) % 16))             # one more clip, heard by nobody: see batch_of
         attend = packed_attention(F.pad(starts, (0, 1), value=len(x)), False, x, self.head_size)
         x = run_blocks(self.layers, x, recompute, attend)
         owner, pair = ragged(lengths // 2)            # pooled inside each clip; an odd last output is dropped
-        first = (starts[owner] + 2 * pair).to(device, non_blocking=True)
+        first = sent(starts[owner] + 2 * pair, device)
         pooled = (x.index_select(0, first) + x.index_select(0, first + 1)) / 2
         return self.layer_norm(pooled)
 
@@ -404,13 +404,13 @@ class Encoder(nn.Module):
         slots = torch.tensor([(math.ceil(n / HOP) + 4) // 2 * 2 for n in samples])      # P
         starts = slots.cumsum(0) - slots
         owner, frame = ragged([context_frames(n) for n in samples])
-        rows = (starts[owner] + 1 + frame).to(device, non_blocking=True)
+        rows = sent(starts[owner] + 1 + frame, device)
         x = mel.new_zeros(int(slots.sum()) + 2, mel.shape[1]).index_copy(0, rows, mel)
         x = F.gelu(convolve(x, self.conv1, stride=1))                                   # (sum of P, d)
-        x = F.pad(x, (0, 0, 1, 1)).index_fill(0, starts.to(device, non_blocking=True), 0)
+        x = F.pad(x, (0, 0, 1, 1)).index_fill(0, sent(starts, device), 0)
         x = F.gelu(convolve(x, self.conv2, stride=2))
         owner, output = ragged([convolved(n) for n in samples])
-        return x[(starts[owner] // 2 + output).to(device, non_blocking=True)]
+        return x[sent(starts[owner] // 2 + output, device)]
 
 
 def convolve(x: Tensor, conv: nn.Conv1d, stride: int) -> Tensor:
@@ -420,6 +420,13 @@ def convolve(x: Tensor, conv: nn.Conv1d, stride: int) -> Tensor:
     """
     taps = torch.cat([x[i:len(x) - 2 + i:stride] for i in range(3)], 1)                 # (rows, 3 in)
     return F.linear(taps, conv.weight.transpose(1, 2).flatten(1), conv.bias)
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. A GPU fetches it from pinned memory by itself; for any other one would wait."""
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def ragged(lengths: list[int] | Tensor) -> tuple[Tensor, Tensor]:
@@ -591,9 +598,9 @@ class InSerter(nn.Module):
         elif (found := int(is_audio.sum())) != count:
             raise ValueError(f"The ids hold {found} <|AUDIO|> positions, but the {len(waveforms)} clips "
                              f"give {count}; count them with audio_positions(samples).")
-        x = table(ids.to(table.weight.device, non_blocking=True))
+        x = table(sent(ids, table.weight.device))
         if waveforms:
-            rows = torch.nonzero_static(is_audio, size=count)[:, 0].to(x.device, non_blocking=True)
+            rows = sent(torch.nonzero_static(is_audio, size=count)[:, 0], x.device)
             return x.index_copy(0, rows, self.hear(waveforms).to(x.dtype))
         if torch.is_grad_enabled() or self.sharded:                     # no rank may leave one out
             x = x + 0 * self.hear([torch.zeros(4 * HOP)]).sum()
@@ -608,7 +615,7 @@ class InSerter(nn.Module):
         """
         x = self.embed(ids, waveforms)
         attend = packed_attention(cu_seqlens, True, x, self.language_model.head_size)
-        position_ids = position_ids.to(x.device, non_blocking=True)
+        position_ids = sent(position_ids, x.device)
         return self.language_model(x, position_ids, attend, self.recompute)
 
     def forward(self, ids: Tensor, labels: Tensor, position_ids: Tensor, cu_seqlens: Tensor,
@@ -641,8 +648,8 @@ def next_token_losses(model: InSerter, ids: Tensor, labels: Tensor, position_ids
     """
     hidden = model.hidden(ids, position_ids, cu_seqlens, waveforms)                     # (T, d)
     labelled = (labels != IGNORE).nonzero()[:, 0]                                       # (T',)
-    targets = labels[labelled].to(hidden.device, non_blocking=True)
-    hidden = hidden.index_select(0, labelled.to(hidden.device, non_blocking=True))      # (T', d)
+    targets = sent(labels[labelled], hidden.device)
+    hidden = hidden.index_select(0, sent(labelled, hidden.device))                      # (T', d)
     head = model.language_model.lm_head.weight                                          # (V, d)
 
     def losses(h: Tensor, t: Tensor) -> Tensor:
@@ -694,7 +701,7 @@ class Progress:
     step: int = 0
     stage_step: int = 0
     targets: float = 0.0                     # supervised tokens of the stage so far
-    cursors: dict = dataclasses.field(default_factory=dict)             # of every lane (section 5)
+    cursors: dict = dataclasses.field(default_factory=dict)       # of every lane, by its number (section 5)
 
     def share(self, stage: Settings) -> float:
         """How much of the stage is done, from 0 to 1."""
@@ -934,9 +941,7 @@ def batch_of(packs: list[Pack]) -> dict[str, Any]:
         bounds += [bounds[-1] + bound for bound in pack.cu_seqlens[1:]]
     # Empty documents round their number up, for on a GPU a tensor of a new shape costs time and memory.
     bounds += bounds[-1:] * (63 - (len(bounds) - 1) % 64)
-    audio = torch.cat([pack.audio for pack in packs])
-    if device_here().type == "cuda":
-        audio = audio.pin_memory().to(device_here(), non_blocking=True)
+    audio = sent(torch.cat([pack.audio for pack in packs]), device_here())
     clip_samples = [samples for pack in packs for samples in pack.clip_samples]
     batch = {name: torch.from_numpy(np.concatenate([getattr(pack, name) for pack in packs]))
              for name in ("ids", "labels", "position_ids")}
@@ -1107,7 +1112,7 @@ class Lanes(IterableDataset):
     """The packs of some lanes, in turn, for a reading process. An error comes through as the item itself."""
 
     def __init__(self, c: Settings, tok: Tokenizer, stage_name: str, lanes: list[int],
-                 cursors: dict[int, dict]):
+                 cursors: dict[str, dict]):
         self.c = c
         self.hf = tok.hf                     # a Tokenizer itself cannot travel to another process
         self.stage_name = stage_name
@@ -1123,7 +1128,7 @@ class Lanes(IterableDataset):
         try:
             tok = Tokenizer(self.hf)
             recipes = recipes_of(self.c, self.stage_name)
-            served = [Lane(self.c, tok, self.stage_name, recipes, lane, self.cursors.get(lane))
+            served = [Lane(self.c, tok, self.stage_name, recipes, lane, self.cursors.get(str(lane)))
                       for lane in self.lanes]
             while True:
                 for lane in served:
@@ -1137,8 +1142,7 @@ class Feed:
 
     def __init__(self, c: Settings, tok: Tokenizer, progress: Progress, lanes: list[int]):
         self.lanes = lanes
-        cursors = {int(lane): cursor for lane, cursor in progress.cursors.items()}
-        self.cursors: dict[int, dict] = {}   # of the rank's own lanes: it knows nothing new of the others
+        self.cursors: dict[str, dict] = {}   # of the rank's own lanes: it knows nothing new of the others
         workers = min(c.train.workers, len(lanes))
         shares = [lanes[worker::workers] for worker in range(workers)] or [lanes]
         options = {}
@@ -1149,18 +1153,22 @@ class Feed:
                 "multiprocessing_context": fork_server()}
         self.loaders = []
         for share in shares:
-            packs = Lanes(c, tok, progress.stage, share, cursors)
+            packs = Lanes(c, tok, progress.stage, share, progress.cursors)
             self.loaders.append(iter(DataLoader(packs, batch_size=None, **options)))
 
     def next_packs(self) -> tuple[list[Pack], str]:
         """The rank's next packs in the order of its lanes; or none, and a failed reader's sentence."""
         begun = time.perf_counter()
-        packs = [next(self.loaders[i % len(self.loaders)], None) for i in range(len(self.lanes))]
+        try:
+            packs = [next(self.loaders[i % len(self.loaders)], None) for i in range(len(self.lanes))]
+        except RuntimeError as error:        # so PyTorch says that one has died
+            return [], ("A process that read samples was killed, perhaps for want of memory (train.workers); "
+                        f"start the same command again: it continues from the last state. ({error})")
         self.waited = time.perf_counter() - begun
         for error in packs:
             if isinstance(error, UserError):
                 return [], str(error)
-        self.cursors |= {lane: pack.cursor for lane, pack in zip(self.lanes, packs)}
+        self.cursors |= {str(lane): pack.cursor for lane, pack in zip(self.lanes, packs)}
         return packs, ""
 
     def counts(self, packs: list[Pack], model: InSerter) -> dict[str, float]:
@@ -1216,8 +1224,8 @@ def log_mel(waveforms: list[Tensor], n_mels: int, device: torch.device | str | N
     buffer, first_frames = lay_out(waveforms, device)
     window, filters = mel_constants(n_mels, device)
     frames = ragged([context_frames(len(w)) for w in waveforms])
-    owner, frame = (x.to(device, non_blocking=True) for x in frames)
-    first_frames = torch.tensor(first_frames).to(device, non_blocking=True)
+    owner, frame = (sent(x, device) for x in frames)
+    first_frames = sent(torch.tensor(first_frames), device)
     with torch.autocast(device.type, enabled=False):                               # bfloat16 costs two digits
         spectrum = torch.fft.rfft(buffer.unfold(0, WINDOW, HOP) * window)              # (frames, 201) complex
         power = torch.view_as_real(spectrum).square().flatten(1)                        # (frames, 402)
@@ -1248,8 +1256,10 @@ def lay_out(waveforms: list[Tensor], device: torch.device) -> tuple[Tensor, list
             mirrors.append((EDGE + end + LONGEST - 1, 1))
         end += size
     pieces.append(zeros[:EDGE])
-    buffer = torch.cat(pieces).to(device, torch.float32, non_blocking=True)
-    centre, side = torch.tensor(mirrors).T[:, :, None].to(device, non_blocking=True)
+    if device.type == "cuda":                # few lengths: cuFFT takes longer to plan one than to transform it
+        pieces.append(zeros.new_zeros(-end % (1024 * HOP)))
+    buffer = sent(torch.cat(pieces), device).float()
+    centre, side = sent(torch.tensor(mirrors).T[:, :, None], device)
     reach = side * torch.arange(1, EDGE + 1, device=device)                             # (mirrors, 200)
     buffer[centre + reach] = buffer[centre - reach]
     return buffer, [start // HOP for start in starts]
@@ -1829,6 +1839,8 @@ def write(c: Settings) -> str:
     wanted = c.writing.documents if given is None else len(given)
     path = Path(c.write)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(b'{"number": '):
+        raise UserError(f"{path} was not begun by write=, so it is not continued; choose another file.")
     lines = synth.whole_lines(path)
     first = json.loads(lines[-1])["number"] + 1 if lines else 0
     kept = 0
@@ -2130,7 +2142,11 @@ def run_stages(c: Settings, arguments: list[str]) -> None:
 def start_group() -> None:
     """Join the other ranks: NCCL sums gradients on GPUs, gloo on CPUs."""
     demand_gpu()
-    if device_here().type == "cuda":
+    here, gpus = device_here(), torch.cuda.device_count()
+    if here.type == "cuda":
+        if here.index >= gpus:
+            raise UserError(f"There is no GPU for process {here.index} of this machine (numbered from 0, as its "
+                            f"{gpus} GPUs are); start torchrun with --nproc-per-node={gpus} at most.")
         torch.cuda.set_device(device_here())
     if rank_and_world()[1] > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -2283,7 +2299,7 @@ def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, pro
              feed: Feed) -> None:
     """State, then export, by rank 0; every lane's cursor comes from the rank that serves it."""
     for cursors in gather(feed.cursors):
-        progress.cursors |= {str(lane): cursor for lane, cursor in cursors.items()}
+        progress.cursors |= cursors
     tensors = whole_tensors(model, optimizers)
     state = dataclasses.asdict(progress) | {"tokenizer": tok.digest, "settings": c}
     agreed(lambda: save_state(c, tensors, state))
@@ -2646,7 +2662,7 @@ def is_recent_gpu(device: torch.device) -> bool:
 
 def packed_attention(cu_seqlens: Tensor, causal: bool, x: Tensor, head_size: int) -> Callable[..., Tensor]:
     """The function attend(q, k, v, layer) of a pack x (T, d): its index work is done once, for all layers."""
-    here = cu_seqlens.to(x.device, non_blocking=True)
+    here = sent(cu_seqlens, x.device)
     if uses_kernel(x.device, head_size):
         tiles = fused_tiles(here, causal, len(x))
         return lambda q, k, v, layer: fused_attention(q, k, v, here, causal, tiles)
@@ -2730,7 +2746,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
     if torch.is_autocast_enabled(q.device.type):                    # which does not know operators of our own
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     if tiles is None:
-        tiles = fused_tiles(cu_seqlens.to(q.device, non_blocking=True), causal, len(q))
+        tiles = fused_tiles(sent(cu_seqlens, q.device), causal, len(q))
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     out, _ = attention_op(q, k, v, tiles, causal)
     return out

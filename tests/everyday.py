@@ -5,7 +5,8 @@
 Before: the two models joined, as a run starts; the LLM then answers as its checkpoint does. After: the run's export.
 The questions are made by rule, typed, answered greedily. A file of lines with "prompt" and "response", if given, is
 text that no stage trains on: its loss is reported before and after. Twenty of the questions are also asked aloud, by
-voices that training never hears. Writes results/everyday.json.
+voices that training never hears, and 200 clips of the corpus's dev documents, by other such voices, are written down.
+Writes results/everyday-<run>.json.
 """
 import gzip
 import json
@@ -15,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from torchaudio.functional import edit_distance
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,6 +26,7 @@ import synth                                            # noqa: E402
 
 LONGEST = 512                                           # positions of a prompt with its response
 TOKENS = 40                                             # of an answer
+CLIPS = 200                                             # written down
 RULES = {
     "What is the capital of {}?":
         "France Paris, Spain Madrid, Italy Rome, Germany Berlin, Portugal Lisbon, Greece Athens, Japan Tokyo, China "
@@ -115,6 +118,24 @@ def aloud(c, chosen):
     return synth.to_16k(*synth.Espeak()(texts, voices, c.seed)), [voice["id"] for voice in voices]
 
 
+def transcriptions(c):
+    """Clips of dev documents and their words: [(waveform at 16 kHz, words)]."""
+    folder, found = Path(c.data) / "tasks", []
+    for number in synth.finished_shards(folder, "dev"):
+        shard = synth.open_shard(folder / f"dev-{number:06d}.tar")
+        for i in range(shard.count):
+            sample, files = shard.read(i)
+            speech = [part for part in sample["parts"] if part["role"] == "speech"]
+            asks = sample["parts"][-2]["text"] if len(sample["parts"]) > 2 else ""
+            if asks == synth.TASKS["transcribe"]["ask"]:
+                found.append((synth.decode_flac(files[speech[0]["audio"]]), words(speech[0]["text"])))
+    return found[::max(1, len(found) // CLIPS)][:CLIPS]
+
+
+def words(text):
+    return re.findall(r"[\w']+", text.lower())
+
+
 def main(arguments):
     files = [argument for argument in arguments if "=" not in argument]
     c = synth.load_config([argument for argument in arguments if "=" in argument])
@@ -139,6 +160,12 @@ def main(arguments):
     clips, voices = aloud(c, chosen)
     heard = inserter.transcribe(after, tok, list(clips), TOKENS, 20)
     spoken = asked(after, tok, list(clips))
+    known = transcriptions(c)
+    written = inserter.transcribe(after, tok, [clip for clip, _ in known], 80, 20)
+    errors = sum(edit_distance(said, words(text)) for text, (_, said) in zip(written, known))
+    result |= {"dev clips": len(known), "their hours": sum(len(clip) for clip, _ in known) / synth.RATE / 3600,
+               "their words": sum(len(said) for _, said in known)}
+    result["words misheard"] = errors / result["their words"]
     for name, value in result.items():
         print(f"{name:26}{value}")
     result["aloud"] = []
@@ -147,7 +174,8 @@ def main(arguments):
                "answer to text": b, "answer to text before": a, "right": is_right(reply, wanted)}
         result["aloud"].append(row)
         print("\n" + "\n".join(f"  {key:24}{value}" for key, value in row.items()))
-    synth.write_whole(ROOT / "results" / "everyday.json", json.dumps(result, indent=1).encode())
+    result["written"] = [{"said": " ".join(said), "heard": text} for text, (_, said) in list(zip(written, known))[::10]]
+    synth.write_whole(ROOT / "results" / f"everyday-{c.run}.json", json.dumps(result, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -157,6 +157,20 @@ def test_readers_end_with_their_rank(runner, marked, tmp_path):                 
     run.until(run.ended, seconds=10)
 
 
+def test_a_killed_reader_is_one_sentence(runner, marked, tmp_path):                      # noqa: F811
+    """The server of readers is a child of the rank; a reader is a child of the server."""
+    run = marked(sys.executable, ROOT / "inserter.py", *runner.settings(LONG, "train.workers=1"), folder=tmp_path)
+    run.until(logged(tmp_path))
+    parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in run.alive()}
+    readers = [pid for pid, parent in parents.items() if parents.get(parent) == run.process.pid]
+    assert len(readers) == 1, parents
+    os.kill(readers[0], signal.SIGKILL)
+    run.until(run.ended, seconds=10)
+    _, err = run.process.communicate()
+    assert run.process.returncode == 2
+    assert "A process that read samples was killed" in err and "Traceback" not in err
+
+
 def test_who_remains_of_two_ranks_says_so(runner, marked, tmp_path):                    # noqa: F811
     """kill -9 of one rank under torchrun: a sentence from the other, and nobody is left."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -386,6 +400,14 @@ def test_after_running_out_of_memory(runner, stopped, tmp_path):                
     done = finish(runner, folder, "train.packs_at_once=2", "train.checkpointing=true", "train.loss_chunk=64")
     assert done["codes"] == [0], done
     assert metrics(folder)[-1] == (7, "sft")
+
+
+def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(synth.UserError, match="no GPU for process 2 .* 2 GPUs .* --nproc-per-node=2"):
+        inserter.start_group()
 
 
 def test_a_gpu_that_torch_cannot_use_is_not_passed_over(monkeypatch):

@@ -900,6 +900,14 @@ def test_an_llm_writes_dialogues_and_a_stopped_run_goes_on(writer, tmp_path):
     assert [document["messages"] for document in synth.read_documents(writer.write)] == [row["messages"] for row in rows]
 
 
+@pytest.mark.parametrize("text", ['{"text": "a line of somebody else"}\n', "no newline at the end"])
+def test_a_file_of_somebody_else_is_not_continued(writer, text):
+    Path(writer.write).write_text(text)
+    with pytest.raises(UserError, match="own.jsonl was not begun by write="):
+        M.write(writer)
+    assert Path(writer.write).read_text() == text
+
+
 def test_an_llm_answers_the_user_turns_of_a_corpus(writer, tok, tmp_path):
     """At temperature 0 its answers are those that it gives when asked."""
     model = M.load_model(writer.model["from"]).eval()
