@@ -1256,7 +1256,7 @@ def lay_out(waveforms: list[Tensor], device: torch.device) -> tuple[Tensor, list
             mirrors.append((EDGE + end + LONGEST - 1, 1))
         end += size
     pieces.append(zeros[:EDGE])
-    if device.type == "cuda":                # few lengths: cuFFT takes longer to plan one than to transform it
+    if device.type == "cuda":                # few lengths: cuFFT plans one for longer than it transforms it
         pieces.append(zeros.new_zeros(-end % (1024 * HOP)))
     buffer = sent(torch.cat(pieces), device).float()
     centre, side = sent(torch.tensor(mirrors).T[:, :, None], device)
@@ -2145,8 +2145,8 @@ def start_group() -> None:
     here, gpus = device_here(), torch.cuda.device_count()
     if here.type == "cuda":
         if here.index >= gpus:
-            raise UserError(f"There is no GPU for process {here.index} of this machine (numbered from 0, as its "
-                            f"{gpus} GPUs are); start torchrun with --nproc-per-node={gpus} at most.")
+            raise UserError(f"There is no GPU for process {here.index} of this machine (both are numbered from "
+                            f"0), for it has {gpus} GPUs; start torchrun with --nproc-per-node={gpus} at most.")
         torch.cuda.set_device(device_here())
     if rank_and_world()[1] > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

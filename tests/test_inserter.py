@@ -903,7 +903,7 @@ def test_an_llm_writes_dialogues_and_a_stopped_run_goes_on(writer, tmp_path):
 @pytest.mark.parametrize("text", ['{"text": "a line of somebody else"}\n', "no newline at the end"])
 def test_a_file_of_somebody_else_is_not_continued(writer, text):
     Path(writer.write).write_text(text)
-    with pytest.raises(UserError, match="own.jsonl was not begun by write="):
+    with pytest.raises(synth.UserError, match="own.jsonl was not begun by write="):
         M.write(writer)
     assert Path(writer.write).read_text() == text
 
