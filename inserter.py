@@ -2145,8 +2145,8 @@ def start_group() -> None:
     here, gpus = device_here(), torch.cuda.device_count()
     if here.type == "cuda":
         if here.index >= gpus:
-            raise UserError(f"There is no GPU for process {here.index} of this machine (both are numbered from "
-                            f"0), for it has {gpus} GPUs; start torchrun with --nproc-per-node={gpus} at most.")
+            raise UserError(f"There is no GPU for process {here.index} (counted from 0) of this machine with "
+                            f"{gpus} GPUs; start torchrun with --nproc-per-node={gpus} at most.")
         torch.cuda.set_device(device_here())
     if rank_and_world()[1] > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")

@@ -406,7 +406,7 @@ def test_more_processes_than_gpus_is_one_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(synth.UserError, match="no GPU for process 2 .* 2 GPUs .* --nproc-per-node=2"):
+    with pytest.raises(synth.UserError, match="no GPU for process 2 .* 2 GPUs; start torchrun with --nproc-per-node=2"):
         inserter.start_group()
 
 
