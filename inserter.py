@@ -1763,17 +1763,24 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens
     return [done[i] for i in range(len(prompts))]
 
 
-def answer(model: InSerter, tok: Tokenizer, questions: list[str | np.ndarray], max_tokens: int,
+Question = str | np.ndarray | list[np.ndarray]   # typed; a clip (samples,) float32 at 16 kHz; several clips
+
+
+def answer(model: InSerter, tok: Tokenizer, questions: list[Question], max_tokens: int,
            batch: int) -> list[tuple[str, bool]]:
-    """Greedy answers to typed (str) and spoken ((samples,) float32 at 16 kHz) questions: (text, cut off)."""
+    """Greedy answers to typed and spoken questions: (text, cut off)."""
     return complete(model, tok, [asking(question, tok) for question in questions], max_tokens, batch)
 
 
-def asking(question: str | np.ndarray, tok: Tokenizer) -> Encoded:
-    """A typed or spoken question as a prompt."""
-    part = synth.text_part(question, False) if isinstance(question, str) else SPEECH
-    sample = {"parts": None, "messages": [{"role": "user", "content": [part]}]}
-    return encode(sample, {SPEECH["audio"]: question}, tok, reply=True)
+def asking(question: Question, tok: Tokenizer) -> Encoded:
+    """A question as a prompt."""
+    if isinstance(question, str):
+        parts, clips = [synth.text_part(question, False)], {}
+    else:
+        clips = dict(enumerate(question if isinstance(question, list) else [question]))
+        parts = [SPEECH | {"audio": number} for number in clips]
+    sample = {"parts": None, "messages": [{"role": "user", "content": parts}]}
+    return encode(sample, clips, tok, reply=True)
 
 
 def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max_tokens: int,
@@ -1787,13 +1794,18 @@ def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max
 SPEECH = {"role": "speech", "text": "", "audio": "clip"}                # a clip whose words nobody wrote down
 
 
-def read_audio(path: str) -> np.ndarray:
+def load_audio(path: str) -> np.ndarray:
     """A sound file of any rate and channel count as (samples,) float32 at 16 kHz. UserError if it is none."""
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
         raise UserError(f"{path} cannot be read as audio ({error}); give a WAV or FLAC file.") from None
-    waveform = synth.to_16k([samples.mean(1)], rate)[0]
+    return synth.to_16k([samples.mean(1)], rate)[0]
+
+
+def read_audio(path: str) -> np.ndarray:
+    """A question aloud. UserError if it is too short, too long, or silent."""
+    waveform = load_audio(path)
     if not audio_positions(len(waveform)) or len(waveform) > LONGEST:
         raise UserError(f"{path} lasts {len(waveform) / RATE:.2f} s; a question lasts from 0.03 to 30 s.")
     if not np.abs(waveform).max() > 1e-4:

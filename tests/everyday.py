@@ -169,12 +169,13 @@ def main(arguments):
     for name, value in result.items():
         print(f"{name:26}{value}")
     result["aloud"] = []
-    for (question, wanted), voice, words, reply, (a, b) in zip(chosen, voices, heard, spoken, pairs[::10]):
-        row = {"question": question, "voice": voice, "heard": words, "answer to speech": reply,
+    for (question, wanted), voice, text, reply, (a, b) in zip(chosen, voices, heard, spoken, pairs[::10]):
+        row = {"question": question, "voice": voice, "heard": text, "answer to speech": reply,
                "answer to text": b, "answer to text before": a, "right": is_right(reply, wanted)}
         result["aloud"].append(row)
         print("\n" + "\n".join(f"  {key:24}{value}" for key, value in row.items()))
-    result["written"] = [{"said": " ".join(said), "heard": text} for text, (_, said) in list(zip(written, known))[::10]]
+    result["written"] = [{"said": " ".join(said), "heard": text}
+                         for text, (_, said) in list(zip(written, known))[::10]]
     synth.write_whole(ROOT / "results" / f"everyday-{c.run}.json", json.dumps(result, indent=1).encode())
 
 

@@ -213,7 +213,7 @@ def test_estimate_and_gap():
     rows = [{"suite": "closed", "item": i, "strict": [followed], "loose": [followed]}
             for i, followed in enumerate([True, True, False, True])]
     other = [row | {"strict": [False]} if row["item"] == 0 else row for row in rows][:3]
-    gap = bench.gap_of(rows, other, "strict-prompt", 2000)
+    gap = bench.gap_of(rows, other, "strict-prompt", 2000, bench.OURS)
     assert gap["difference"] == pytest.approx(1 / 3, abs=1e-6) and gap["pairs"] == 3
     _, (low, high) = bench.estimate([(1, 1)] * 50 + [(0, 1)] * 50, 4000)
     # 0.5 ± 1.96 · 0.05
