@@ -43,6 +43,9 @@ The way of the rows through this file, and the functions that take each step:
     python bench.py score=FILE.jsonl suite=closed                   answers to SpeechInstructBench itself
     python bench.py score=FILE.jsonl suite=closed official=true     the same, judged as its own evaluator does
     python bench.py score=OURS.jsonl,THEIRS.jsonl suite=closed      two systems and their difference
+    python bench.py prompts=FOLDER system=hf:FOLDER                 ask any system SpeechInstructBench's own files
+    python bench.py prompts=FOLDER judge=url:http://…/v1,MODEL      ... with a judge for what no rule can score
+    python bench.py make=FILE.jsonl prompts=FOLDER                  make such files: any typed prompts, spoken
 
 Every figure is computed from answered rows alone, by the functions behind `score=`.
 """
@@ -1395,7 +1398,7 @@ def make(c: synth.Settings) -> str:
 def speakable(text: str, lang: str) -> str:
     """A written prompt worded for speech by rule: signs that nobody would say otherwise are named.
 
-    >>> speakable("Write a 300+ word summary of \"https://a.org/b_c\".", "en")
+    >>> speakable("Write a 300+ word summary of https://a.org/b_c.", "en")
     'Write a 300 or more word summary of a dot org slash b underscore c.'
     >>> speakable("Use *bold* and [name].", "en")
     'Use asterisk bold asterisk and name in square brackets.'
@@ -1826,7 +1829,7 @@ def judge_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> tuple[list[
 def without_fence(text: str) -> str:
     """A vote as it stands, or what stands in its code fence.
 
-    >>> without_fence("```json\\n[\"YES\"]\\n```")
+    >>> without_fence('```json\\n["YES"]\\n```')
     '["YES"]'
     """
     fenced = re.fullmatch(r"\s*```\w*\n(.*?)\n?```\s*", text, re.S)
