@@ -24,6 +24,10 @@ Its fields, from the prompt to the verdicts; other systems' rows need those with
     withdrawn               adjustment: the checks of what the speaker took back
     decomposed_checks       open: the checks that answer decomposed_questions
     voice, noise, variant, seconds        how a prompt is spoken
+    source, source_key      the file of prompts that a row comes from, and its key there
+    written, spoken         made here: the prompt as it was written, and worded for speech
+    cuts                    where the sentences of a long clip meet, in seconds
+    heard, problem          what a cascade heard; why there is no answer
     nearest, decoding       how an answer was made: the training prompt whose answer it is, or the model's way
     response *, truncated   the answer, null or absent where there is none; whether it ran into the limit
     pred_score              verdicts on decomposed_questions, or the votes of a judge
@@ -36,6 +40,8 @@ The way of the rows through this file, and the functions that take each step:
     test split -> prompts.jsonl, audio/ -> answers.jsonl -> scored rows -> results.json  -> the page
     draw_rows     make_prompts             ask_rows         verdicts       contributions    write_report
                                                                            figures
+    files of prompts -> answers-0.jsonl -> votes.jsonl ->  scored rows ->  results.json  -> the page
+    read_folder         ask_system         judge_rows      verdicts        nested_results   write_files_report
 
     python bench.py                                                 benchmark the run: runs/<run>/bench/
     python bench.py run=asr                                         another run
@@ -43,9 +49,9 @@ The way of the rows through this file, and the functions that take each step:
     python bench.py score=FILE.jsonl suite=closed                   answers to SpeechInstructBench itself
     python bench.py score=FILE.jsonl suite=closed official=true     the same, judged as its own evaluator does
     python bench.py score=OURS.jsonl,THEIRS.jsonl suite=closed      two systems and their difference
-    python bench.py prompts=FOLDER system=hf:FOLDER                 ask any system SpeechInstructBench's own files
-    python bench.py prompts=FOLDER judge=url:http://…/v1,MODEL      ... with a judge for what no rule can score
-    python bench.py make=FILE.jsonl prompts=FOLDER                  make such files: any typed prompts, spoken
+    python bench.py prompts=FOLDER system=hf:FOLDER                 ask any system the benchmark's own files
+    python bench.py prompts=FOLDER judge=url:ADDRESS,MODEL          ... with a judge where no rule can score
+    python bench.py make=FILE.jsonl prompts=FOLDER                  make such files: typed prompts, spoken
 
 Every figure is computed from answered rows alone, by the functions behind `score=`.
 """
@@ -55,6 +61,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -809,6 +816,11 @@ def nested_results(rows: list[dict], resamples: int, kind: Kind) -> dict:
             cell[how]["floors"] |= {"silence": headlines(silent, suite, kind),
                                     "nearest training prompt": headlines(nearest, suite, kind)}
         typed = groups.get((suite, condition, "typed")) or groups.get((suite, "standard", "typed"))
+        if kind is THEIRS:             # a prompt is asked typed once, whatever the conditions that share it
+            own = {row["item"] for row in group}
+            typed = [row for row in rows if mode(row) == "typed" and row.get("item") in own]
+            if how == "spoken" and typed:
+                cell["typed"] = group_figures(typed, resamples, kind)
         if how == "spoken" and typed:
             cell["gap"] = {metric: gap_of(typed, group, metric, resamples, kind)
                            for metric in kind.shown[suite]}
@@ -826,6 +838,8 @@ def group_figures(rows: list[dict], resamples: int, kind: Kind) -> dict:
     shown = kind.shown[rows[0]["suite"]]
     metrics = counts[0] if kind is OURS else [*shown, *({"coverage"} & counts[0].keys())]
     result = {"count": len(rows)} | figures(counts, metrics, resamples) | incomplete(rows)
+    if "votes" in rows[0]:
+        result |= {name: sum(row[name] for row in rows) for name in ("votes", "malformed", "ties")}
     for field in ("kind", "constraint", "variant"):
         by_value = collections.defaultdict(list)
         for row, added in zip(rows, counts):
@@ -995,7 +1009,8 @@ def condition_rows(task: dict, n: int, c: synth.Settings, rng: random.Random) ->
     accent = c.bench.accents[n % len(c.bench.accents)]
     style = list(STYLES)[n % len(STYLES)]
     abroad = unheard_voice(synth.Settings(c.synth | {"accents": [accent]}), rng)
-    disfluent = task | {"prompt": synth.disfluent(task["prompt"], rng)}
+    disfluently = chinese_disfluent if task["lang"] == "zh" else synth.disfluent
+    disfluent = task | {"prompt": disfluently(task["prompt"], rng)}
     return [
         row_of(task, "background noise", voice=unheard_voice(c.synth, rng), noise=noise, variant=noise_name),
         row_of(task, "accent", voice=abroad, variant=accent),
@@ -1003,6 +1018,17 @@ def condition_rows(task: dict, n: int, c: synth.Settings, rng: random.Random) ->
         row_of(disfluent, "disfluency", voice=unheard_voice(c.synth, rng)),
         row_of(disfluent, "disfluency"),
     ]
+
+
+def chinese_disfluent(prompt: str, rng: random.Random) -> str:
+    """A Chinese prompt as people speak: with fillers, and two characters said twice."""
+    places = [m.start() for m in re.finditer(f"(?<={CHINESE}{{2}})(?={CHINESE}{{2}})", prompt)]
+    if places:
+        place = rng.choice(places)
+        prompt = f"{prompt[:place]}，{rng.choice(CHINESE_FILLERS)}{prompt[place - 2:place]}{prompt[place:]}"
+    if not places or rng.random() >= 0.5:
+        prompt = rng.choice(CHINESE_FILLERS) + prompt
+    return prompt
 
 
 def unheard_voice(s: synth.Settings, rng: random.Random) -> dict:
@@ -1092,7 +1118,10 @@ def speak(c: synth.Settings, rows: list[dict], folder: Path) -> tuple[list[float
             if "noise" in row:
                 rng = np.random.default_rng([c.seed, len(seconds)])
                 others = [clip for item, clip in clean.items() if item != row["item"]]
-                noise = synth.noise_of(row["noise"]["kind"], len(waveform), others, rng)
+                kind = row["noise"]["kind"]
+                if kind == "babble" and not others:              # of a single prompt
+                    kind = "pink"
+                noise = synth.noise_of(kind, len(waveform), others, rng)
                 waveform = synth.mix(waveform, noise, row["noise"]["snr"])
             write_clip(folder / row["audio_path"], waveform)
             seconds.append(round(len(waveform) / RATE, 3))
@@ -1271,11 +1300,12 @@ NOWHERE = np.zeros((2, 0), np.int64)
 
 def read_folder(folder: Path) -> list[dict]:
     """The rows of all files, and a typed one for each different prompt, under the first of its conditions."""
-    paths = [path for kind in ("*.jsonl", "*.parquet") for path in sorted(folder.glob(kind))]
+    paths = [path for path in sorted(folder.rglob("*")) if path.suffix in (".jsonl", ".parquet")
+             and not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not paths:
         raise UserError(f"prompts={folder} is no folder with *.jsonl or *.parquet files; give the "
                         "benchmark's own, or make one with make=FILE.jsonl.")
-    spoken = [row for path in paths for row in read_prompts(path)]
+    spoken = [row for path in paths for row in read_prompts(folder, path)]
     spoken.sort(key=lambda row: (row["lang"], *way(row)))
     typed = {}
     for row in spoken:
@@ -1283,43 +1313,51 @@ def read_folder(folder: Path) -> list[dict]:
     return list(typed.values()) + [row for row in spoken if row["audio_path"]]
 
 
-def read_prompts(path: Path) -> list[dict]:
-    """The rows of one file. Its name (closed_standard_en) says suite, condition and language, or fields."""
-    names = [suite for suite in SHOWN_OF_FILES if path.stem.startswith(suite[:6])]
-    conditions = [name for name in CONDITIONS if name.split()[0] in path.stem]
+def read_prompts(folder: Path, path: Path) -> list[dict]:
+    """The rows of one file. Its name in the folder, closed-ended/closed_accent_cn.jsonl, says suite,
+    condition and language; fields may say the last two. Answers and votes of others in it are left out."""
+    name = str(path.relative_to(folder))
+    suites = [suite for suite in SHOWN_OF_FILES if suite[:6] in name]
+    if len(suites) != 1:
+        raise UserError(f"The name of {path} must say closed, open or adjustment, one of them; rename it.")
+    suite, = suites
+    conditions = [condition for condition in CONDITIONS if condition.split()[0] in name]
+    lang = "zh" if re.search("(?<![a-z])(cn|zh)(?![a-z])", name) else "en"
     lines = read_parquet(path) if path.suffix == ".parquet" else path
-    suite = names[0] if names else first_field(path, "suite")
     rows = []
     for number, row in enumerate(read_rows(lines, suite), 1):
         where = f"{path} line {number}"
-        own = {"suite": suite, "condition": conditions[0] if conditions else "standard",
-               "lang": "zh" if path.stem.endswith("_zh") else "en", "audio_path": None}
-        own |= {name: row[name] for name in own if row.get(name)}
-        if own["suite"] != suite or own["condition"] not in CONDITIONS:
-            raise UserError(f"{where} is of the suite {own['suite']!r} and the condition "
-                            f"{own['condition']!r}; the file's is {suite}, and conditions are "
-                            f"{', '.join(CONDITIONS)}.")
-        if own["audio_path"]:
-            clip = (path.parent / str(own["audio_path"])).resolve()
-            if not clip.is_relative_to(path.parent.resolve()):
-                raise UserError(f"{where}: audio_path {own['audio_path']!r} leaves the folder {path.parent}; "
-                                "copy the clip into it.")
-            own["audio_path"] = str(clip)
-        asked = [own["suite"], own["lang"], row["prompt"], row.get("instruction_id_list"), row.get("kwargs")]
-        item = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-        rows.append(row | own | {"key": f"{path.stem}/{number}", "item": item, "source": path.name,
-                                 "source_key": row.get("key")})
+        own = {"condition": row.get("condition") or (conditions or ["standard"])[0],
+               "lang": str(row.get("lang") or row.get("language") or lang).lower().replace("cn", "zh"),
+               "suite": suite, "audio_path": None}
+        if own["condition"] not in CONDITIONS or own["lang"] not in LANGUAGE_NAMES:
+            raise UserError(f"{where} has the condition {own['condition']!r} and the language "
+                            f"{own['lang']!r}; known are {', '.join([*CONDITIONS, *LANGUAGE_NAMES])}.")
+        if row.get("suite", suite) != suite:
+            raise UserError(f"{where} is of the suite {row['suite']!r}, its file's name of {suite}; move it.")
+        if row.get("audio_path"):
+            own["audio_path"] = str((path.parent / str(row["audio_path"])).resolve())
+            if not Path(own["audio_path"]).is_relative_to(folder.resolve()):
+                raise UserError(f"{where}: audio_path {row['audio_path']!r} leaves the folder {folder}; copy "
+                                "the clip into it.")
+        if suite == "open":
+            own["decomposed_questions"] = questions_of(row.get("decomposed_questions"), where)
+        asked = [suite, own["lang"], row["prompt"], own.get("decomposed_questions"),
+                 row.get("instruction_id_list"), row.get("kwargs")]
+        own["item"] = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+        own |= {"key": f"{name}/{number}", "source": name, "source_key": row.get("key")}
+        rows.append({field: value for field, value in row.items() if field not in ANSWERED} | own)
     return rows
 
 
-def first_field(path: Path, name: str) -> str:
-    """A field of a file's first row, which says what the file's name does not."""
-    with contextlib.suppress(OSError, ValueError, AttributeError, IndexError):
-        value = json.loads(path.read_bytes().splitlines()[0]).get(name)
-        if value in SHOWN_OF_FILES:
-            return value
-    raise UserError(f"The name of {path} does not begin with one of {', '.join(SHOWN_OF_FILES)}, nor has its "
-                    "first row a field `suite` that is one; rename it.")
+def questions_of(value: object, where: str) -> list[str]:
+    """The decomposed questions of an open-ended row: a list, a list in a text, or a question on each line."""
+    questions = parsed(value)
+    if isinstance(value, str) and not isinstance(questions, list):
+        questions = [re.sub(r"^\s*\d+[.)]\s*", "", line) for line in value.splitlines() if line.strip()]
+    if not isinstance(questions, list) or not questions or not all(isinstance(q, str) for q in questions):
+        raise UserError(f"{where} has no decomposed_questions, yes/no questions for the judge; give some.")
+    return questions
 
 
 def read_parquet(path: Path) -> Path:
@@ -1331,7 +1369,7 @@ def read_parquet(path: Path) -> Path:
     folder = path.parent / ".unpacked"
     folder.mkdir(exist_ok=True)
     target = folder / f"{path.stem}.jsonl"
-    if target.is_file():
+    if target.is_file() and target.stat().st_mtime > path.stat().st_mtime:
         return target
     rows = []
     for number, row in enumerate(parquet.read_table(path).to_pylist()):
@@ -1340,8 +1378,9 @@ def read_parquet(path: Path) -> Path:
             name = f"{path.stem}-{number:05d}{Path(audio.get('path') or '.wav').suffix}"
             synth.write_whole(folder / name, audio["bytes"])
             row["audio_path"] = f".unpacked/{name}"
-        for name in ("instruction_id_list", "kwargs"):          # as lists, or as JSON
-            row[name] = parsed(row.get(name))
+        for name in {"instruction_id_list", "kwargs"} & row.keys():               # as lists, or as JSON
+            with contextlib.suppress(ValueError, TypeError):
+                row[name] = json.loads(row[name])
         rows.append({name: value for name, value in row.items() if value is not None})
     synth.write_whole(target, jsonl(rows))
     return target
@@ -1354,11 +1393,16 @@ def make(c: synth.Settings) -> str:
     """
     source = Path(c.make)
     folder = Path(c.prompts or f"{source.stem}-aloud")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "made.json").is_file():
-        raise UserError(f"{folder} holds something else than prompts made here; name another with prompts=….")
+    if folder.exists():
+        raise UserError(f"{folder} is there already; name another with prompts=…, or remove it yourself.")
+    aside = folder.with_name(f".new.{folder.name}")             # a killed process leaves this one
+    shutil.rmtree(aside, ignore_errors=True)
     rows = []
     for n, row in enumerate(read_rows(source, "closed")):
-        lang = row.get("lang", "zh" if re.search(CHINESE, row["prompt"]) else "en")
+        chinese = len(re.findall(CHINESE, row["prompt"]))
+        lang = "zh" if 2 * chinese > len(re.findall("[a-zA-Z]", row["prompt"])) else "en"
+        if not synth.count_words(speakable(row["prompt"], lang)):
+            raise UserError(f"{source} line {n + 1}: there is nothing to speak in its prompt; remove it.")
         rng = random.Random(f"{c.seed} make {n}")
         voices = c.synth | {"lang": lang} | ({} if lang == "en" else {"accents": ["cmn"]})
         accents = c.bench.accents if lang == "en" else CHINESE_ACCENTS
@@ -1372,11 +1416,10 @@ def make(c: synth.Settings) -> str:
             if each["audio_path"]:
                 each["pieces"] = pieces(each["prompt"], each["voice"].get("rate", 175))
                 rows.append(each)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "audio").mkdir(exist_ok=True)
+    (aside / "audio").mkdir(parents=True)
     rows.sort(key=lambda row: row["condition"] != "standard")
     with synth.process_pool(1, "forkserver", synth.end_with_parent) as process:
-        seconds, cuts = process.submit(speak, c, rows, folder).result()
+        seconds, cuts = process.submit(speak, c, rows, aside).result()
     files = collections.defaultdict(list)
     for row, length, own_cuts in zip(rows, seconds, cuts):
         name = f"closed_{row['condition'].replace(' ', '_')}_{row['lang']}.jsonl"
@@ -1386,11 +1429,12 @@ def make(c: synth.Settings) -> str:
             "audio_path": row["audio_path"], "seconds": length, "cuts": own_cuts, "voice": row["voice"]["id"],
             "variant": row.get("variant"), "made": MADE})
     for name, lines in files.items():
-        synth.write_whole(folder / name, jsonl(lines))
+        synth.write_whole(aside / name, jsonl(lines))
     long = sum(length > inserter.LONGEST / RATE for length in seconds)
     made = {"source": source.name, "clips": len(rows), "hours": sum(seconds) / 3600, "longer than 30 s": long,
             "made": MADE}
-    synth.write_whole(folder / "made.json", json.dumps(made, indent=1).encode())
+    synth.write_whole(aside / "made.json", json.dumps(made, indent=1).encode())
+    aside.rename(folder)
     return (f"{len(rows)} clips of {sum(seconds) / 3600:.1f} hours are made in {folder}, {long} of them "
             "longer than 30 s; nothing was left out")
 
@@ -1569,7 +1613,7 @@ def cascade_system(c: synth.Settings, name: str) -> System:
 
 def url_system(c: synth.Settings, name: str) -> System:
     """An OpenAI-compatible server that takes audio as input."""
-    chat = open_chat(name)
+    chat = open_chat(name, "SYSTEM_API_KEY")
 
     def ask(questions: list[Question]) -> list[Reply]:
         replies = []
@@ -1581,7 +1625,8 @@ def url_system(c: synth.Settings, name: str) -> System:
                 content += [{"type": "text", "text": c.bench.request}] * bool(c.bench.request)
             turn = {"role": "user", "content": content}
             text, why = chat([turn], max_tokens=c.bench.long_answers, temperature=0)
-            replies.append({"response": text, "truncated": why == "length"})
+            problem = {"problem": "the server sent no completion"} if text is None else {}
+            replies.append({"response": text, "truncated": why == "length"} | problem)
         return replies
 
     return System({}, lambda: ask, c.bench.requests)
@@ -1623,20 +1668,21 @@ def digest_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def open_chat(name: str) -> Callable:
-    """Chat with a server: chat(messages, **options) -> (text, finish reason). name: ADDRESS,MODEL.
+def open_chat(name: str, variable: str) -> Callable:
+    """Chat with a server: chat(messages, **options) -> (text, or None for no completion; finish reason).
 
-    The key comes from the environment (OPENAI_API_KEY) and goes nowhere else: should a server say it back, it
-    is struck out. Retries, their pauses and timeouts are the package's.
+    name: ADDRESS,MODEL. The key is that of an environment variable and goes to this server alone: should it
+    say the key back, that is struck out. Retries, their pauses and timeouts are the package's.
     """
     try:
         import openai
     except ModuleNotFoundError:
         raise UserError("url:… needs the package openai: pip install openai.") from None
     address, _, model = name.rpartition(",")
-    if not re.match("https?://", address):
-        raise UserError(f"url:{name} is no address with a model behind a comma, url:http://…/v1,MODEL.")
-    key = os.environ.get("OPENAI_API_KEY") or "none"
+    if not re.fullmatch(r"https?://[^@?#\s]+", address):
+        raise UserError("url:… is no address with a model behind a comma, like url:http://…/v1,MODEL; a key "
+                        f"does not belong there, where it is written down, but into {variable}.")
+    key = os.environ.get(variable) or "none"
     client = openai.OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
 
     def struck(text: str) -> str:
@@ -1650,12 +1696,12 @@ def open_chat(name: str) -> Callable:
             raise UserError(f"{address} does not answer; start the server, or correct the address. What is "
                             "answered so far is kept.") from None
         except openai.APIStatusError as error:
-            hint = HINTS.get(error.status_code, "see the server's log")
+            hint = HINTS.get(error.status_code, "see the server's log").format(variable)
             said = " ".join(struck(error.message).split())[:200]
             raise UserError(f"{address} refuses with status {error.status_code} ({said}); {hint}. What is "
                             "answered so far is kept.") from None
         except (openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError):
-            return "", "malformed"           # what came is no chat completion
+            return None, "malformed"         # what came is no chat completion
     return chat
 
 
@@ -1666,7 +1712,7 @@ def ask_system(c: synth.Settings, folder: Path, rows: list[dict], system: System
     path = folder / f"answers-{rank}.jsonl"
     synth.whole_lines(path)
     done = all_answers(folder)
-    todo = [row for row in rows[rank::world] if row["key"] not in done]
+    todo = [row for row in rows[rank::world] if "problem" in done.get(row["key"], {"problem": "not asked"})]
     todo.sort(key=lambda row: (mode(row), len(row["prompt"])))            # batches of like lengths
     if todo:
         ask = system.load()
@@ -1679,17 +1725,18 @@ def ask_system(c: synth.Settings, folder: Path, rows: list[dict], system: System
 
             size = 1 if system.at_once else c.bench.batch
             some = list(inserter.batches(todo, size))
-            for answered in in_order(ask_some, some, system.at_once):
+            for answered in as_done(ask_some, some, system.at_once):
                 append(file, answered)
                 bar.update(len(answered))
     done = all_answers(folder)
-    return [done[row["key"]] for row in rows if row["key"] in done]
+    return [done[row["key"]] | row for row in rows if row["key"] in done]
 
 
 def all_answers(folder: Path) -> dict[str, dict]:
     """The rows that processes have answered, by key."""
     rows = [json.loads(line) for path in sorted(folder.glob("answers-*.jsonl"))
             for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
+    rows.sort(key=lambda row: "problem" not in row)             # a sound answer counts, if there is one
     return {row["key"]: row for row in rows}
 
 
@@ -1703,15 +1750,16 @@ def question_of(row: dict) -> Question | None:
         return None
 
 
-def in_order(function: Callable, items: list, at_once: int) -> Iterator:
+def as_done(function: Callable, items: list, at_once: int) -> Iterator:
     """function(item) as each is done: one after the other, or so many at once in threads. After an error
     those under way still count, the others are not begun."""
     if not at_once:
         yield from map(function, items)
         return
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(at_once)
+    problem = None
+    try:
         jobs = [pool.submit(function, item) for item in items]
-        problem = None
         for job in concurrent.futures.as_completed(jobs):
             if job.cancelled():
                 continue
@@ -1721,6 +1769,8 @@ def in_order(function: Callable, items: list, at_once: int) -> Iterator:
                     other.cancel()
                 continue
             yield job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
     if problem:
         raise problem
 
@@ -1732,27 +1782,31 @@ def in_order(function: Callable, items: list, at_once: int) -> Iterator:
 # row's votes is one request; all are kept by what was asked, so that nothing is asked twice.
 # --------------------------------------------------------------------------------------------------
 
-Judge = Callable[[str, int], str]      # (what is asked, seed) -> vote
+Vote = Callable[[str, int], str]       # (what is asked, seed) -> vote
 
 
-def open_judge(c: synth.Settings) -> tuple[dict, Callable[[], Judge], int]:
-    """What `judge=` names: what it is, how it is opened, and how many requests it takes at once.
+@dataclasses.dataclass
+class Judge:
+    about: dict                        # what it is, for the results
+    load: Callable[[], Vote]
+    at_once: int                       # requests; 0: one after the other
 
-    Temperature, nucleus and tokens are the official script's.
-    """
+
+def open_judge(c: synth.Settings) -> Judge:
+    """What `judge=` names. Temperature, nucleus and tokens are the official script's."""
     kind, _, name = c.judge.partition(":")
     drawn = {"temperature": 0.5, "top_p": 0.95}
     about = {"judge": c.judge, "votes": c.bench.votes, **drawn, "judge's max_tokens": 1024}
     if kind == "url":
-        chat = open_chat(name)
+        chat = open_chat(name, "OPENAI_API_KEY")
 
         def ask(text: str, seed: int) -> str:
-            return chat(judge_turns(text), max_tokens=1024, **drawn)[0]
-        return about, lambda: ask, c.bench.requests
+            return chat(judge_turns(text), max_tokens=1024, **drawn)[0] or ""
+        return Judge(about, lambda: ask, c.bench.requests)
     if kind != "hf":
         raise UserError(f"There is no judge {c.judge!r}; it is url:ADDRESS,MODEL or hf:FOLDER.")
 
-    def load() -> Judge:
+    def load() -> Vote:
         with checkpoint_errors(name):
             reply = transformers.pipeline("text-generation", name, dtype="auto",
                                           device=inserter.device_here())
@@ -1764,7 +1818,7 @@ def open_judge(c: synth.Settings) -> tuple[dict, Callable[[], Judge], int]:
             return made[0]["generated_text"]
         return ask
 
-    return about | {"judge's model": version_of(name)}, load, 0
+    return Judge(about | {"judge's model": version_of(name)}, load, 0)
 
 
 def judge_turns(text: str) -> list[dict]:
@@ -1777,9 +1831,7 @@ def judge_text(row: dict) -> str:
     shown = f"PROMPT: {quoted(row['prompt'])}\nANSWER: {quoted(row['response'])}"
     if row["suite"] == "adjustment":
         return JUDGE_ADJUSTMENT.format(shown=shown)
-    questions = parsed(row["decomposed_questions"])
-    if not isinstance(questions, list):
-        questions = [row["decomposed_questions"]]
+    questions = row["decomposed_questions"]
     listed = "\n".join(f"{n}. {question}" for n, question in enumerate(questions, 1))
     return JUDGE_OPEN.format(count=len(questions), questions=listed, shown=shown)
 
@@ -1794,9 +1846,8 @@ def quoted(text: str) -> str:
     return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in data)
 
 
-def judge_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> tuple[list[dict], dict]:
-    """The rows, where their suite needs one with a judge's votes as pred_score; and what the judge is."""
-    about, load, at_once = open_judge(c)
+def judge_rows(c: synth.Settings, folder: Path, rows: list[dict], judge: Judge) -> list[dict]:
+    """The rows, where their suite needs one with the judge's votes as pred_score."""
     path = folder / "votes.jsonl"
     votes = {vote["of"]: vote["vote"] for vote in map(json.loads, synth.whole_lines(path))}
     asked = {}                         # digest -> (text, seed)
@@ -1806,24 +1857,27 @@ def judge_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> tuple[list[
             text = judge_text(row)
             own = []
             for number in range(c.bench.votes):
-                own.append(hashlib.sha256(json.dumps([about, text, number]).encode()).hexdigest())
+                own.append(hashlib.sha256(json.dumps([judge.about, text, number]).encode()).hexdigest())
                 asked[own[-1]] = text, number
             of_row[row["key"]] = own
     todo = [digest for digest in asked if digest not in votes]
     if todo:
-        judge = load()
+        vote = judge.load()
         with tqdm(total=len(todo), desc="votes", disable=None) as bar, open(path, "ab") as file:
-            def vote(digest: str) -> dict:
-                text, number = asked[digest]
-                return {"of": digest, "vote": without_fence(judge(text, number))}
+            def vote_on(digest: str) -> dict:
+                return {"of": digest, "vote": without_fence(vote(*asked[digest]))}
 
-            for one in in_order(vote, todo, at_once):
+            for one in as_done(vote_on, todo, judge.at_once):
                 append(file, [one])
                 votes[one["of"]] = one["vote"]
                 bar.update()
-    judged = [row | {"pred_score": [votes[digest] for digest in of_row[row["key"]]]} if row["key"] in of_row
-              else row for row in rows]
-    return judged, about
+    judged = []
+    for row in rows:
+        if row["key"] in of_row:
+            cast = [parsed(votes[digest]) for digest in of_row[row["key"]]]
+            row = row | {"pred_score": [vote if isinstance(vote, list | dict) else None for vote in cast]}
+        judged.append(row)
+    return judged
 
 
 def without_fence(text: str) -> str:
@@ -2301,22 +2355,31 @@ def benchmark_files(c: synth.Settings) -> None:
     if c.published and made:
         raise UserError(f"{prompts} was made here, not by the benchmark's authors: its figures must not "
                         "stand beside published ones; leave out published=true.")
+    check_settings(c)
+    if c.fresh and inserter.rank_and_world()[1] > 1:
+        raise UserError("fresh=true would let one process remove what another writes; run it in one, then "
+                        "start torchrun without it.")
     system = open_system(c)
-    folder = Path("benchmarks") / prompts.name / re.sub(r"[^\w.-]+", "-", system.about["system"])
+    judge = open_judge(c) if c.judge else None
+    folder = Path("benchmarks") / prompts.resolve().name / re.sub(r"[^\w.-]+", "-", system.about["system"])
     if c.fresh and (folder / "settings.json").is_file():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    asked = [{name: row[name] for name in ("key", "prompt", "audio_path")} for row in rows]
-    settings = {"about": system.about, "prompts": hashlib.sha256(jsonl(asked)).hexdigest()}
+    asked = [[row["key"], row["prompt"], row["audio_path"] and os.path.relpath(row["audio_path"], prompts)]
+             for row in rows]
+    settings = {"about": system.about, "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
     synth.same_settings(folder / "settings.json", settings, (), "ask anew with fresh=true")
     answered = ask_system(c, folder, rows, system)
     if len(answered) < len(rows):
         print(f"{len(rows) - len(answered)} of {len(rows)} rows are other processes' and not answered yet; "
               "who is last scores, or the same command later.")
         return
-    if c.judge and any(row["suite"] in METRICS_OF_VOTES for row in rows):
-        answered, about = judge_rows(c, folder, answered)
-        system.about |= about
+    if judge and any(row["suite"] in METRICS_OF_VOTES for row in rows):
+        with open(folder / ".lock", "w") as lock:                # two processes may both be the last
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            answered = judge_rows(c, folder, answered, judge)
+        system.about |= judge.about
     scored = [verdicts(row, row["suite"], c.official) for row in answered]
     languages = {}
     for lang in sorted({row["lang"] for row in scored}):
@@ -2325,7 +2388,9 @@ def benchmark_files(c: synth.Settings) -> None:
     results = {"about": system.about, "prompts": prompts.name, "made": made, "official": c.official,
                "seed": c.seed, "bootstrap": c.bench.bootstrap,
                "broken clips": sum("problem" in row for row in scored),
-               "not judged": sum(row.get("majority") == [] for row in scored), "languages": languages}
+               "not judged": sum(row["suite"] in METRICS_OF_VOTES and row.get("response") is not None
+                                 and row.get("pred_score") is None for row in scored),
+               "languages": languages}
     synth.write_whole(folder / "scored.jsonl", jsonl(scored))
     synth.write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     report = write_files_report(folder, scored, results)
@@ -2421,6 +2486,7 @@ ARGUMENTS = dict.fromkeys(("forbidden_words", "keywords", "words"), list) | dict
 
 # Chinese accents that training does not use, and how rows that were made here are marked.
 CHINESE_ACCENTS = ["yue", "hak"]
+CHINESE_FILLERS = ["嗯，", "呃，", "那个，"]
 MADE = "spoken here by bench.py make="
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
 FILE_COLUMNS = ["condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap",
@@ -2449,8 +2515,11 @@ SIGNS = {
 RETRIES = 4
 TIMEOUT = 120
 LONGEST_REPLY = 100_000
-HINTS = {401: "set OPENAI_API_KEY", 403: "this key may not", 404: "is the model's name right?",
+HINTS = {401: "set {}", 403: "this key may not", 404: "is the model's name right?",
          429: "start again later", 500: "start again later"}
+# What a file of prompts may hold of another system: not read.
+ANSWERED = ("response", "truncated", "pred_score", "problem", "heard", "decoding", "strict", "loose",
+            "majority", "votes", "malformed", "ties")
 BROKEN_CLIP = {"response": None, "truncated": False, "problem": "its clip is missing or broken"}
 
 # What a judge is asked: our own words for the official script's questions, with its form of answer.

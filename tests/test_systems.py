@@ -21,7 +21,7 @@ import bench                                                          # noqa: E4
 import synth                                                          # noqa: E402
 
 CONFIG = f"config={ROOT / 'config.yaml'}"
-CANARY = "sk-canary-5f1c"
+CANARY, OTHER = "sk-canary-5f1c", "sk-other-77aa"                    # the system's key, the judge's
 NO_COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 QUESTIONS = ["Is it short?", "Is it about tea?"]
 
@@ -73,7 +73,8 @@ def completion(text):
 @pytest.fixture
 def serve(monkeypatch):
     monkeypatch.setattr(bench, "RETRIES", 0)
-    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    monkeypatch.setenv("SYSTEM_API_KEY", CANARY)
+    monkeypatch.setenv("OPENAI_API_KEY", OTHER)
     servers = []
 
     def start(reply):
@@ -92,6 +93,8 @@ def serve(monkeypatch):
 
 def write_file(folder, name, rows, seconds=0.5, rate=22050):
     """Rows as a file of the official layout, each with a clip of its own: a tone that tells which one it is."""
+    folder, _, name = f"{folder}/{name}".rpartition("/")
+    folder = Path(folder)
     (folder / "audio" / name).mkdir(parents=True, exist_ok=True)
     with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
         for number, row in enumerate(rows):
@@ -109,11 +112,11 @@ def official(tmp_path, monkeypatch):
     write_file(folder, "closed_standard_en", closed)
     write_file(folder, "closed_background_noise_en", closed)
     write_file(folder, "closed_disfluency_en", [row | {"prompt": "Um " + row["prompt"]} for row in closed])
-    write_file(folder, "closed_standard_zh", [{"prompt": "请说茶。"} | NO_COMMA])
-    write_file(folder, "open_ended_standard_en",
+    write_file(folder, "closed-ended/closed_standard_cn", [{"prompt": "请说茶。"} | NO_COMMA])
+    write_file(folder, "open-ended/open_ended_en",
                [{"prompt": "Praise tea briefly.", "decomposed_questions": str(QUESTIONS)},
                 {"prompt": "Praise tea in one word.", "decomposed_questions": QUESTIONS}])
-    write_file(folder, "adjustment_standard_en", [{"prompt": "Say tea, no, say milk."}])
+    write_file(folder, "adjustment/adjustment_en", [{"prompt": "Say tea, no, say milk.", "pred_score": ["stale"]}])
     return folder
 
 
@@ -192,17 +195,19 @@ def test_the_key_is_written_nowhere(official, serve, capfd):
             return 401, json.dumps({"error": {"message": f"wrong key {request['authorization']}"}}).encode()
         return f"you are {request['authorization']}"
 
-    server = serve(echo)
+    server, judge = serve(echo), serve(lambda request: f"you are {request['authorization']}")
     with pytest.raises(synth.UserError) as refused:
         run(f"system={server.name}")
-    assert "status 401" in str(refused.value) and "OPENAI_API_KEY" in str(refused.value)
-    server.reply = lambda request: f"you are {request['authorization']}"
-    run(f"system={server.name}", f"judge={server.name}")
-    assert all(request["authorization"] == f"Bearer {CANARY}" for request in server.requests)
+    assert "status 401" in str(refused.value) and "SYSTEM_API_KEY" in str(refused.value)
+    server.reply = judge.reply
+    run(f"system={server.name}", f"judge={judge.name}")
+    assert {request["authorization"] for request in server.requests} == {f"Bearer {CANARY}"}
+    assert {request["authorization"] for request in judge.requests} == {f"Bearer {OTHER}"}
     written = b"".join(path.read_bytes() for path in Path().rglob("*") if path.is_file())
-    assert b"you are Bearer [key]" in written and CANARY.encode() not in written
-    said = capfd.readouterr()
-    assert CANARY not in str(refused.value) + said.out + said.err
+    said = "".join([str(refused.value), *capfd.readouterr()])
+    assert b"you are Bearer [key]" in written
+    for key in (CANARY, OTHER):
+        assert key.encode() not in written and key not in said
 
 
 HOSTILE = [
@@ -230,19 +235,19 @@ def test_an_answer_speaks_to_no_judge(official, serve):
     c = synth.load_config([CONFIG, f"judge={server.name}", "bench.votes=1"])
     rows = [{"key": str(n), "suite": "open", "prompt": "Praise tea.", "decomposed_questions": QUESTIONS, "response": text}
             for n, text in enumerate(HOSTILE)]
-    judged, _ = bench.judge_rows(c, official, rows)
+    judged = bench.judge_rows(c, official, rows, bench.open_judge(c))
     assert len(HOSTILE) == 20 and Counter(seen) == Counter(HOSTILE)
     assert all(bench.verdicts(row, "open")["majority"] == [False, False] for row in judged)
 
 
 @pytest.mark.parametrize("answer, malformed", [
-    ("", 3), ('["YES"', 3), ('["YES"]', 3), ("YES NO", 3), ("x" * 10_000_000, 3), ((200, b""), 3), ((200, b"{}"), 3),
+    ("", 3), ("YES", 3), ('["YES"', 3), ('["YES"]', 3), ("YES NO", 3), ("x" * 10_000_000, 3), ((200, b""), 3), ((200, b"{}"), 3),
     ((200, b"not json"), 3), ((200, b'{"choices": []}'), 3), ('["YES", "NO"]', 0)])
 def test_votes_that_are_none_are_counted(official, serve, answer, malformed):
     server = serve(lambda request: answer)
     c = synth.load_config([CONFIG, f"judge={server.name}", "bench.votes=3"])
     row = {"key": "1", "suite": "open", "prompt": "Praise tea.", "decomposed_questions": QUESTIONS, "response": "Tea!"}
-    judged, _ = bench.judge_rows(c, official, [row])
+    judged = bench.judge_rows(c, official, [row], bench.open_judge(c))
     scored = bench.verdicts(judged[0], "open")
     assert (scored["votes"], scored["malformed"]) == (3, malformed)
     assert scored["majority"] == ([] if malformed else [True, False])
@@ -261,13 +266,13 @@ def test_a_server_that_refuses_is_one_sentence_and_nothing_is_lost(official, ser
         server.http.shutdown()
         server.http.server_close()
     with pytest.raises(synth.UserError, match=sentence):
-        bench.judge_rows(c, official, [row])
+        bench.judge_rows(c, official, [row], bench.open_judge(c))
     votes = synth.whole_lines(official / "votes.jsonl")
     assert len(votes) == (2 if status else 0)
     if status:
         server.reply = lambda request: '["YES", "NO"]'
         before = len(server.requests)
-        judged, _ = bench.judge_rows(c, official, [row])
+        judged = bench.judge_rows(c, official, [row], bench.open_judge(c))
         assert len(judged[0]["pred_score"]) == 5 and len(server.requests) == before + 3
 
 
@@ -336,7 +341,7 @@ def test_parquet(official):
         rows.append(row | {"audio": {"bytes": (official / row.pop("audio_path")).read_bytes(), "path": "a.wav"}})
     before = [row for row in bench.read_folder(official) if row["source"] == "closed_standard_en.jsonl"]
     (official / "closed_standard_en.jsonl").unlink()
-    table = Table.from_pylist([row | {"kwargs": json.dumps(row["kwargs"])} for row in rows])
+    table = Table.from_pylist([row | {"kwargs": json.dumps([{"num_words": None}])} for row in rows])
     parquet.write_table(table, official / "closed_standard_en.parquet")
     after = [row for row in bench.read_folder(official) if row["source"] == "closed_standard_en.parquet"]
     assert [row["prompt"] for row in after] == [row["prompt"] for row in before]
@@ -351,7 +356,9 @@ def test_parquet(official):
     ({"prompt": "a"}, "closed_accent_en", "has no instruction_id_list"),
     ({"prompt": "a", "suite": "open"} | NO_COMMA, "closed_accent_en", "is of the suite 'open'"),
     ({"prompt": "a", "condition": "underwater"} | NO_COMMA, "closed_accent_en", "condition 'underwater'"),
-    ({"prompt": "a"} | NO_COMMA, "whatever_en", "does not begin with one of closed, open, adjustment")])
+    ({"prompt": "a", "lang": "fr"} | NO_COMMA, "closed_accent_en", "language 'fr'"),
+    ({"prompt": "a", "decomposed_questions": []}, "open_en", "has no decomposed_questions"),
+    ({"prompt": "a"} | NO_COMMA, "whatever_en", "must say closed, open or adjustment")])
 def test_bad_rows_of_a_folder(official, row, name, sentence):
     (official / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(synth.UserError, match=sentence):
@@ -362,7 +369,7 @@ def test_bad_rows_of_a_folder(official, row, name, sentence):
 @pytest.mark.parametrize("settings, sentence", [
     (["system=who"], "no system 'who'"), (["system=url:nowhere,m"], "is no address with a model"),
     (["system=cascade:one"], "names one model"), (["system=run:none"], "no model in runs/none/model"),
-    (["system=hf:none"], "None|none.*does not open|does not open")])
+    (["system=hf:./none"], "none does not open in transformers")])
 def test_wrong_systems(official, settings, sentence):
     with pytest.raises(synth.UserError, match=sentence):
         run(*settings)
@@ -427,6 +434,26 @@ def test_without_sentence_ends_the_quietest_place_is_cut():
     assert np.allclose(np.cumsum([len(part) for part in parts])[:2] / synth.RATE, [20, 41], atol=0.1)
 
 
+def test_a_single_prompt_and_an_empty_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("one.jsonl").write_text(json.dumps({"key": 1, "prompt": "Tea."} | NO_COMMA) + "\n")
+    bench.main([CONFIG, "make=one.jsonl"])
+    assert len(bench.read_folder(Path("one-aloud"))) == 6
+    Path("empty.jsonl").write_text(json.dumps({"key": 1, "prompt": '"'} | NO_COMMA) + "\n")
+    with pytest.raises(synth.UserError, match="line 1: there is nothing to speak"):
+        bench.main([CONFIG, "make=empty.jsonl"])
+    assert not Path("empty-aloud").exists()
+
+
+def test_typed_figures_are_of_the_prompts_that_a_condition_asks(official, serve):
+    """One accent row has a wording of its own, two share that of standard: three typed rows stand beside."""
+    rows = [{"prompt": f"Say {word} without commas."} | NO_COMMA for word in ("tea", "milk", "more salt")]
+    write_file(official, "closed_accent_en", rows)
+    run(f"system={serve(fair).name}")
+    cell = results("url")["languages"]["en"]["closed"]["accent"]
+    assert cell["typed"]["count"] == 3 == cell["gap"]["strict-prompt"]["pairs"]
+
+
 def test_made_prompts_stand_beside_no_published_score(made, monkeypatch):
     monkeypatch.chdir(made)
     with pytest.raises(synth.UserError, match="must not stand beside published"):
@@ -437,6 +464,6 @@ def test_making_into_a_folder_of_somebody_else(made, monkeypatch):
     monkeypatch.chdir(made)
     Path("other").mkdir(exist_ok=True)
     Path("other/thesis.txt").write_text("mine")
-    with pytest.raises(synth.UserError, match="holds something else"):
+    with pytest.raises(synth.UserError, match="is there already"):
         bench.main([CONFIG, "make=mine.jsonl", "prompts=other"])
     assert [path.name for path in Path("other").iterdir()] == ["thesis.txt"]
