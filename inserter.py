@@ -310,8 +310,9 @@ def decoded(files: dict[str, bytes]) -> dict[str, np.ndarray]:
 #
 # Whisper's encoder, one linear layer, and an LLM (Qwen2; or Qwen3, Llama), all on packed sequences. Modules
 # are named so that state_dict() is a Qwen2-Audio checkpoint, name by name: audio_tower (Encoder),
-# multi_modal_projector (Adapter), language_model (LLM). Blocks get attention as a function, attend(q, k, v,
-# layer): packed for training, with a cache for generation; so each block is written once.
+# multi_modal_projector (Adapter), language_model (LLM). Blocks get attention as a function,
+# attend(q, k, v): packed for training, with a cache for generation; so each block is written once. No block
+# knows its number, so that all of one kind are compiled as one.
 # --------------------------------------------------------------------------------------------------
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
@@ -336,10 +337,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
 class EncoderBlock(nn.Module):
     """Whisper's block: attention, then GELU, each behind its layer norm. Keys carry no bias."""
 
-    def __init__(self, config: Any, layer: int):
+    def __init__(self, config: Any):
         super().__init__()
         d = config.d_model
-        self.layer = layer
         self.heads = config.encoder_attention_heads
         self.self_attn = nn.ModuleDict({
             "q_proj": nn.Linear(d, d),
@@ -355,7 +355,7 @@ class EncoderBlock(nn.Module):
         h = self.self_attn_layer_norm(x)                                                # (T, d)
         q, k, v = (self.self_attn[name](h).unflatten(1, (self.heads, -1))               # (T, H, D)
                    for name in ("q_proj", "k_proj", "v_proj"))
-        x = x + self.self_attn.out_proj(attend(q, k, v, self.layer).flatten(1))
+        x = x + self.self_attn.out_proj(attend(q, k, v).flatten(1))
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -370,7 +370,7 @@ class Encoder(nn.Module):
         self.conv2 = nn.Conv1d(config.d_model, config.d_model, 3)
         self.embed_positions = nn.Embedding(config.max_source_positions, config.d_model)
         self.embed_positions.requires_grad_(False)                                  # sinusoids, never trained
-        self.layers = nn.ModuleList(EncoderBlock(config, layer) for layer in range(config.encoder_layers))
+        self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))
         self.layer_norm = nn.LayerNorm(config.d_model)
 
     def forward(self, waveforms: list[Tensor], recompute: bool) -> Tensor:
@@ -459,10 +459,9 @@ class LLMBlock(nn.Module):
     and Qwen3's queries and keys pass norms of their own, head by head.
     """
 
-    def __init__(self, config: Any, layer: int):
+    def __init__(self, config: Any):
         super().__init__()
         d = config.hidden_size
-        self.layer = layer
         self.head_size = head_size_of(config)
         queries = config.num_attention_heads * self.head_size
         keys = config.num_key_value_heads * self.head_size
@@ -490,7 +489,7 @@ class LLMBlock(nn.Module):
         if self.has_norms:
             q = self.self_attn.q_norm(q)
             k = self.self_attn.k_norm(k)
-        attended = attend(rotate(q, rope), rotate(k, rope), v, self.layer)
+        attended = attend(rotate(q, rope), rotate(k, rope), v)
         x = x + self.self_attn.o_proj(attended.flatten(1))
         h = self.post_attention_layernorm(x)
         return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(h)) * self.mlp.up_proj(h))
@@ -503,7 +502,7 @@ class LLM(nn.Module):
         super().__init__()
         self.config = config
         self.head_size = head_size_of(config)
-        layers = (LLMBlock(config, layer) for layer in range(config.num_hidden_layers))
+        layers = (LLMBlock(config) for _ in range(config.num_hidden_layers))
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(layers),
@@ -1698,38 +1697,47 @@ def read_prompts(model: InSerter, prompts: list[Prompt], room: int) -> tuple[Ten
     x = model.embed(torch.cat([ids for ids, _ in prompts]), [w for _, clips in prompts for w in clips])
     attend_packed = packed_attention(F.pad(ends, (1, 0)).int(), True, x, model.language_model.head_size)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        cache.store(owner, offset, k, v, layer)
-        return attend_packed(q, k, v, layer)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.store(owner, offset, k, v)
+        return attend_packed(q, k, v)
 
     h = model.language_model(x, offset, attend, False)                                  # (T, d)
     return h[ends.to(device) - 1], cache
 
 
 class Cache:
-    """Keys and values of B sequences, a pair (B, Hkv, longest, D) per layer, and how long each one is."""
+    """Keys and values of B sequences, a pair (B, Hkv, longest, D) per layer, and how long each one is.
+
+    Layers come in turn: `at` counts them in a pass.
+    """
 
     def __init__(self, lengths: Tensor, longest: int):
         self.lengths = lengths                                                          # (B,) int64
         self.longest = longest
         self.layers: list[list[Tensor]] = []
+        self.at = 0
 
-    def store(self, owner: Tensor, offset: Tensor, k: Tensor, v: Tensor, layer: int) -> None:
-        """Keep k, v (T, Hkv, D) at their sequence and place; the first call of a layer makes room."""
-        if layer == len(self.layers):
+    def store(self, owner: Tensor, offset: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Keep k, v (T, Hkv, D) of the next layer at their sequence and place; the first pass makes room.
+        -> all that is kept of the layer"""
+        if self.at == len(self.layers):
             shape = (len(self.lengths), k.shape[1], self.longest, k.shape[2])
             self.layers.append([k.new_zeros(shape), v.new_zeros(shape)])
-        for kept, new in zip(self.layers[layer], (k, v)):
+        pair = self.layers[self.at]
+        for kept, new in zip(pair, (k, v)):
             kept[owner, :, offset] = new
+        self.at += 1
+        return pair
 
     def look(self, end: int) -> None:
         """Before a step: every sequence sees its own positions and the new one, all of them before `end`."""
         self.mask = (torch.arange(end, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+        self.at = 0
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """attend() of one new position per sequence: q (B, Hq, D), k, v (B, Hkv, D) -> (B, Hq, D)."""
-        self.store(torch.arange(len(q), device=q.device), self.lengths, k, v, layer)
-        keys, values = (kept[:, :, :self.mask.shape[-1]] for kept in self.layers[layer])
+        pair = self.store(torch.arange(len(q), device=q.device), self.lengths, k, v)
+        keys, values = (kept[:, :, :self.mask.shape[-1]] for kept in pair)
         grouped = q.unflatten(1, (k.shape[1], -1))                                      # (B, Hkv, Hq/Hkv, D)
         return F.scaled_dot_product_attention(grouped, keys, values, self.mask).flatten(1, 2)
 
@@ -2673,13 +2681,13 @@ def is_recent_gpu(device: torch.device) -> bool:
 
 
 def packed_attention(cu_seqlens: Tensor, causal: bool, x: Tensor, head_size: int) -> Callable[..., Tensor]:
-    """The function attend(q, k, v, layer) of a pack x (T, d): its index work is done once, for all layers."""
+    """The function attend(q, k, v) of a pack x (T, d): its index work is done once, for all layers."""
     here = sent(cu_seqlens, x.device)
     if uses_kernel(x.device, head_size):
         tiles = fused_tiles(here, causal, len(x))
-        return lambda q, k, v, layer: fused_attention(q, k, v, here, causal, tiles)
+        return lambda q, k, v: fused_attention(q, k, v, here, causal, tiles)
     buckets = length_buckets(cu_seqlens, causal, x.device)
-    return lambda q, k, v, layer: bucketed_attention(q, k, v, here, causal, buckets)
+    return lambda q, k, v: bucketed_attention(q, k, v, here, causal, buckets)
 
 
 def bucketed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool,
