@@ -113,7 +113,7 @@ SHOWN = {
     "open": ["open-score", "strict-prompt"],
     "transcription": ["WER"],
 }
-# The same for rows of prompts=FOLDER.
+# The same for rows of prompts=FOLDER (section 7).
 SHOWN_OF_FILES = {
     "closed": ["mean-prompt", "mean-instruction", "strict-prompt", "strict-instruction", "loose-prompt",
                "loose-instruction"],
@@ -781,21 +781,27 @@ def flat_results(rows: list[dict], suite: str, official: bool, resamples: int) -
 
 @dataclasses.dataclass
 class Kind:
-    """A kind of benchmark: the figures that its table shows, by suite, and what a scored row adds to them."""
+    """A kind of benchmark: by suite the figures that its table shows, what a scored row adds to figures, and
+    how an answered row is judged."""
     shown: dict[str, list[str]]
     count: Callable[[dict], Counts]
+    judge: Callable[[dict], dict]
 
 
-OURS = Kind(SHOWN, contributions)
-THEIRS = Kind(SHOWN_OF_FILES, lambda row: contributions(row, row["suite"]))
+OURS = Kind(SHOWN, contributions, verdicts)
+
+
+def theirs(official: bool) -> Kind:
+    """SpeechInstructBench's own suites (section 7), whose names say by which rules a row is judged."""
+    return Kind(SHOWN_OF_FILES, lambda row: contributions(row, row["suite"]),
+                lambda row: verdicts(row, row["suite"], official))
 
 
 def nested_results(rows: list[dict], resamples: int, kind: Kind) -> dict:
     """The figures of a benchmark in one language.
 
     results[suite][condition][mode] has counts, fractions, intervals and floors (mode: typed, spoken, floor);
-    results[suite][condition]["gap"][metric] is typed minus spoken. A condition without typed rows of its own
-    (the wording is the standard one) is held against those of "standard".
+    results[suite][condition]["gap"][metric] is typed minus spoken.
     """
     groups = collections.defaultdict(list)
     for row in rows:
@@ -808,23 +814,32 @@ def nested_results(rows: list[dict], resamples: int, kind: Kind) -> dict:
         cell[how] = group_figures(group, resamples, kind)
         if suite == "transcription" or how == "floor":
             continue
-        by_rule = kind is OURS or suite == "closed"              # a judge is not asked again
-        others = other_prompts(group) if by_rule else []
-        cell[how]["floors"] = {"other prompts": headlines(others, suite, kind)}
+        cell[how]["floors"] = {"other prompts": headlines(other_prompts(group, kind), suite, kind)}
         if kind is OURS:
             silent, nearest = (groups.get((suite, floor, "floor"), []) for floor in FLOORS)
             cell[how]["floors"] |= {"silence": headlines(silent, suite, kind),
                                     "nearest training prompt": headlines(nearest, suite, kind)}
-        typed = groups.get((suite, condition, "typed")) or groups.get((suite, "standard", "typed"))
-        if kind is THEIRS:             # a prompt is asked typed once, whatever the conditions that share it
-            own = {row["item"] for row in group}
-            typed = [row for row in rows if mode(row) == "typed" and row.get("item") in own]
-            if how == "spoken" and typed:
-                cell["typed"] = group_figures(typed, resamples, kind)
+        typed = typed_beside(group, groups, kind)
         if how == "spoken" and typed:
+            if kind is not OURS:
+                cell["typed"] = group_figures(typed, resamples, kind)
             cell["gap"] = {metric: gap_of(typed, group, metric, resamples, kind)
                            for metric in kind.shown[suite]}
     return results
+
+
+def typed_beside(group: list[dict], groups: dict[tuple, list[dict]], kind: Kind) -> list[dict]:
+    """The typed rows that a group of spoken ones is held against.
+
+    The tiny suite types a condition's own wording where it has one, else that of "standard". Rows of files
+    are typed once, under the first condition that has the wording, so they are found by their items.
+    """
+    suite, condition = group[0]["suite"], group[0]["condition"]
+    if kind is OURS:
+        return groups.get((suite, condition, "typed")) or groups.get((suite, "standard", "typed"), [])
+    items = {row["item"] for row in group}
+    typed = [row for each in CONDITIONS for row in groups.get((suite, each, "typed"), [])]
+    return [row for row in typed if row["item"] in items]
 
 
 def incomplete(rows: list[dict]) -> dict[str, int]:
@@ -836,7 +851,7 @@ def group_figures(rows: list[dict], resamples: int, kind: Kind) -> dict:
     """All figures of one suite, condition and mode; the headline by kind of prompt; each instruction."""
     counts = [kind.count(row) for row in rows]
     shown = kind.shown[rows[0]["suite"]]
-    metrics = counts[0] if kind is OURS else [*shown, *({"coverage"} & counts[0].keys())]
+    metrics = counts[0] if kind is OURS else [*shown, "coverage"]
     result = {"count": len(rows)} | figures(counts, metrics, resamples) | incomplete(rows)
     if "votes" in rows[0]:
         result |= {name: sum(row[name] for row in rows) for name in ("votes", "malformed", "ties")}
@@ -861,22 +876,22 @@ def group_figures(rows: list[dict], resamples: int, kind: Kind) -> dict:
 
 def headlines(rows: list[dict], suite: str, kind: Kind) -> dict[str, float | None]:
     """The figures that the table shows, without intervals."""
-    counts = [kind.count(row) for row in rows]
-    return {metric: estimate(column(counts, metric), resamples=1)[0] for metric in kind.shown[suite]}
+    found = {}
+    for metric in kind.shown[suite]:
+        counts = column([kind.count(row) for row in rows], metric)
+        denominator = sum(n for _, n in counts)
+        found[metric] = round(sum(n for n, _ in counts) / denominator, 6) if denominator else None
+    return found
 
 
-def other_prompts(rows: list[dict]) -> list[dict]:
-    """The floor that costs nothing: each row with another row's response, by a seeded derangement."""
-    if len(rows) == 1:
+def other_prompts(rows: list[dict], kind: Kind) -> list[dict]:
+    """The floor that costs nothing: each row with another row's response, by a seeded derangement. None where
+    a judge would have to be asked again."""
+    if len(rows) == 1 or "votes" in rows[0]:
         return []
     order = random.Random("derangement").sample(rows, len(rows))
     exchanged = zip(order, order[1:] + order[:1])
-    return [verdicts(row | {"response": other.get("response")}, rules_of(row)) for row, other in exchanged]
-
-
-def rules_of(row: dict) -> str:
-    """By which suite's rules a row is judged: those of a file name their `source`."""
-    return row["suite"] if "source" in row else "tiny"
+    return [kind.judge(row | {"response": other.get("response")}) for row, other in exchanged]
 
 
 def gap_of(typed: list[dict], spoken: list[dict], metric: str, resamples: int, kind: Kind) -> dict:
@@ -1309,7 +1324,8 @@ def read_folder(folder: Path) -> list[dict]:
     spoken.sort(key=lambda row: (row["lang"], *way(row)))
     typed = {}
     for row in spoken:
-        typed.setdefault(row["item"], row | {"key": f"{row['key']} typed", "audio_path": None})
+        unspoken = dict.fromkeys(("audio_path", "voice", "variant", "spoken"))
+        typed.setdefault(row["item"], row | unspoken | {"key": f"{row['key']} typed"})
     return list(typed.values()) + [row for row in spoken if row["audio_path"]]
 
 
@@ -1328,11 +1344,12 @@ def read_prompts(folder: Path, path: Path) -> list[dict]:
     for number, row in enumerate(read_rows(lines, suite), 1):
         where = f"{path} line {number}"
         own = {"condition": row.get("condition") or (conditions or ["standard"])[0],
-               "lang": str(row.get("lang") or row.get("language") or lang).lower().replace("cn", "zh"),
+               "lang": LANGUAGE_CODES.get(str(row.get("lang") or row.get("language") or lang).lower()),
                "suite": suite, "audio_path": None}
-        if own["condition"] not in CONDITIONS or own["lang"] not in LANGUAGE_NAMES:
-            raise UserError(f"{where} has the condition {own['condition']!r} and the language "
-                            f"{own['lang']!r}; known are {', '.join([*CONDITIONS, *LANGUAGE_NAMES])}.")
+        if own["condition"] not in CONDITIONS or not own["lang"]:
+            raise UserError(f"{where}: a condition is one of {', '.join(CONDITIONS)}, a language of "
+                            f"{', '.join(LANGUAGE_CODES)}, not {own['condition']!r} and "
+                            f"{row.get('lang') or row.get('language')!r}.")
         if row.get("suite", suite) != suite:
             raise UserError(f"{where} is of the suite {row['suite']!r}, its file's name of {suite}; move it.")
         if row.get("audio_path"):
@@ -1395,29 +1412,13 @@ def make(c: synth.Settings) -> str:
     folder = Path(c.prompts or f"{source.stem}-aloud")
     if folder.exists():
         raise UserError(f"{folder} is there already; name another with prompts=…, or remove it yourself.")
-    aside = folder.with_name(f".new.{folder.name}")             # a killed process leaves this one
-    shutil.rmtree(aside, ignore_errors=True)
     rows = []
     for n, row in enumerate(read_rows(source, "closed")):
-        chinese = len(re.findall(CHINESE, row["prompt"]))
-        lang = "zh" if 2 * chinese > len(re.findall("[a-zA-Z]", row["prompt"])) else "en"
-        if not synth.count_words(speakable(row["prompt"], lang)):
-            raise UserError(f"{source} line {n + 1}: there is nothing to speak in its prompt; remove it.")
-        rng = random.Random(f"{c.seed} make {n}")
-        voices = c.synth | {"lang": lang} | ({} if lang == "en" else {"accents": ["cmn"]})
-        accents = c.bench.accents if lang == "en" else CHINESE_ACCENTS
-        own = synth.Settings(c | {"synth": synth.Settings(voices),
-                                  "bench": synth.Settings(c.bench | {"accents": accents})})
-        task = {"suite": "closed", "item": f"{lang}-{n:05d}", "lang": lang, "source_key": row.get("key"),
-                "prompt": speakable(row["prompt"], lang), "written": row["prompt"],
-                "instruction_id_list": row["instruction_id_list"], "kwargs": row["kwargs"]}
-        plain = row_of(task, "standard", voice=unheard_voice(own.synth, rng))
-        for each in [plain, *condition_rows(task, n, own, rng)]:
-            if each["audio_path"]:
-                each["pieces"] = pieces(each["prompt"], each["voice"].get("rate", 175))
-                rows.append(each)
+        rows += spoken_rows(c, source, n, row)
+    rows.sort(key=lambda row: row["condition"] != "standard")         # its clips are the others' babble
+    aside = folder.with_name(f".new.{folder.name}")             # a killed process leaves this one
+    shutil.rmtree(aside, ignore_errors=True)
     (aside / "audio").mkdir(parents=True)
-    rows.sort(key=lambda row: row["condition"] != "standard")
     with synth.process_pool(1, "forkserver", synth.end_with_parent) as process:
         seconds, cuts = process.submit(speak, c, rows, aside).result()
     files = collections.defaultdict(list)
@@ -1430,13 +1431,29 @@ def make(c: synth.Settings) -> str:
             "variant": row.get("variant"), "made": MADE})
     for name, lines in files.items():
         synth.write_whole(aside / name, jsonl(lines))
-    long = sum(length > inserter.LONGEST / RATE for length in seconds)
-    made = {"source": source.name, "clips": len(rows), "hours": sum(seconds) / 3600, "longer than 30 s": long,
-            "made": MADE}
-    synth.write_whole(aside / "made.json", json.dumps(made, indent=1).encode())
     aside.rename(folder)
+    long = sum(length > inserter.LONGEST / RATE for length in seconds)
     return (f"{len(rows)} clips of {sum(seconds) / 3600:.1f} hours are made in {folder}, {long} of them "
             "longer than 30 s; nothing was left out")
+
+
+def spoken_rows(c: synth.Settings, source: Path, n: int, row: dict) -> list[dict]:
+    """The n-th row of a file of typed prompts under every condition, with voices and pieces to speak."""
+    letters = len(re.findall("[a-zA-Z]", row["prompt"]))
+    lang = "zh" if 2 * len(re.findall(CHINESE, row["prompt"])) > letters else "en"
+    prompt = speakable(row["prompt"], lang)
+    if not synth.count_words(prompt):
+        raise UserError(f"{source} line {n + 1}: there is nothing to speak in its prompt; remove it.")
+    if lang == "zh":
+        c = synth.Settings(c | {"synth": synth.Settings(c.synth | {"accents": ["cmn"]}),
+                                "bench": synth.Settings(c.bench | {"accents": CHINESE_ACCENTS})})
+    rng = random.Random(f"{c.seed} make {n}")
+    task = {"suite": "closed", "item": f"{lang}-{n:05d}", "lang": lang, "source_key": row.get("key"),
+            "prompt": prompt, "written": row["prompt"], "instruction_id_list": row["instruction_id_list"],
+            "kwargs": row["kwargs"]}
+    plain_row = row_of(task, "standard", voice=unheard_voice(c.synth, rng))
+    spoken = [each for each in [plain_row, *condition_rows(task, n, c, rng)] if each["audio_path"]]
+    return [each | {"pieces": short_pieces(each["prompt"], each["voice"]["rate"])} for each in spoken]
 
 
 def speakable(text: str, lang: str) -> str:
@@ -1464,10 +1481,10 @@ def speakable(text: str, lang: str) -> str:
     return text
 
 
-def pieces(text: str, words_per_minute: int) -> list[str]:
+def short_pieces(text: str, words_per_minute: int) -> list[str]:
     """A prompt in pieces of whole sentences that last 25 s at most, where a sentence is not longer itself.
 
-    >>> pieces("One two three. Four five six. Seven.", 10)
+    >>> short_pieces("One two three. Four five six. Seven.", 10)
     ['One two three. ', 'Four five six. Seven.']
     """
     return synth.cut_text(text, max(1, round(25 * words_per_minute / 60)))
@@ -1496,14 +1513,13 @@ def windows(waveform: np.ndarray, cuts: Iterable[float] = ()) -> list[np.ndarray
 # one turn. It is opened when there is something to ask; what it is stands in the results.
 # --------------------------------------------------------------------------------------------------
 
-Question = str | list[np.ndarray]
 Reply = dict                           # response, truncated; a cascade's `heard`
 
 
 @dataclasses.dataclass
 class System:
     about: dict                        # name, version, decoding: what a figure has to be read with
-    load: Callable[[], Callable[[list[Question]], list[Reply]]]
+    load: Callable[[], Callable[[list[inserter.Question]], list[Reply]]]
     at_once: int = 0                   # so many requests at once, of one question each; 0: batches
 
 
@@ -1524,7 +1540,7 @@ def run_system(c: synth.Settings, name: str) -> System:
     def load() -> Callable:
         model, tokenizer = inserter.load_run(synth.Settings(c | {"run": name}))
 
-        def ask(questions: list[Question]) -> list[Reply]:
+        def ask(questions: list[inserter.Question]) -> list[Reply]:
             answers = inserter.answer(model, tokenizer, questions, c.bench.long_answers, c.bench.batch)
             return [{"response": text, "truncated": truncated} for text, truncated in answers]
         return ask
@@ -1544,10 +1560,13 @@ def hf_system(c: synth.Settings, name: str) -> System:
         processor.tokenizer.padding_side = "left"
 
         @torch.inference_mode()
-        def ask(questions: list[Question]) -> list[Reply]:
+        def ask(questions: list[inserter.Question]) -> list[Reply]:
             texts = []
             for question in questions:
-                turns = [{"role": "user", "content": contents(question, c.bench.request)}]
+                content = [{"type": "text", "text": question}]
+                if not isinstance(question, str):
+                    content = contents(question, c.bench.request, lambda _: CLIP)
+                turns = [{"role": "user", "content": content}]
                 texts.append(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
             clips = [clip for question in questions if not isinstance(question, str) for clip in question]
             given = {"audio": clips, "sampling_rate": RATE} if clips else {}
@@ -1564,12 +1583,9 @@ def hf_system(c: synth.Settings, name: str) -> System:
     return System({"model": version_of(name)}, load)
 
 
-def contents(question: Question, request: str | None) -> list[dict]:
-    """A user's turn as chat templates take it; `request` is written beside clips."""
-    if isinstance(question, str):
-        return [{"type": "text", "text": question}]
-    said = [{"type": "audio", "audio": clip, "audio_url": ""} for clip in question]
-    return said + [{"type": "text", "text": request}] * bool(request)
+def contents(clips: list[np.ndarray], request: str | None, part: Callable[[np.ndarray], dict]) -> list[dict]:
+    """A spoken turn as chat templates and servers take it: a part for each clip, `request` beside them."""
+    return [part(clip) for clip in clips] + [{"type": "text", "text": request}] * bool(request)
 
 
 def cascade_system(c: synth.Settings, name: str) -> System:
@@ -1590,12 +1606,12 @@ def cascade_system(c: synth.Settings, name: str) -> System:
         reply.tokenizer.padding_side = "left"
         reply.tokenizer.pad_token = reply.tokenizer.pad_token or reply.tokenizer.eos_token
 
-        def ask(questions: list[Question]) -> list[Reply]:
+        def ask(questions: list[inserter.Question]) -> list[Reply]:
             clips = [{"raw": clip, "sampling_rate": RATE} for question in questions
                      if not isinstance(question, str) for clip in question]
             heard = iter(hear(clips, batch_size=min(8, c.bench.batch)) if clips else [])
             texts = [question if isinstance(question, str)
-                     else " ".join(next(heard)["text"].strip() for _ in question) for question in questions]
+                     else " ".join(plain(next(heard)["text"]) for _ in question) for question in questions]
             turns = [[{"role": "user", "content": text}] for text in texts]
             made = reply(turns, max_new_tokens=c.bench.long_answers, do_sample=False, batch_size=len(turns),
                          return_full_text=False)
@@ -1611,18 +1627,25 @@ def cascade_system(c: synth.Settings, name: str) -> System:
     return System({"asr": version_of(asr), "llm": version_of(llm)}, load)
 
 
+def plain(heard: str) -> str:
+    """What was heard, without the marks that some folders' tokenizers do not know to be marks.
+
+    >>> plain("<|notimestamps|> I am here.")
+    'I am here.'
+    """
+    return re.sub(r"<\|\w+\|>", "", heard).strip()
+
+
 def url_system(c: synth.Settings, name: str) -> System:
     """An OpenAI-compatible server that takes audio as input."""
     chat = open_chat(name, "SYSTEM_API_KEY")
 
-    def ask(questions: list[Question]) -> list[Reply]:
+    def ask(questions: list[inserter.Question]) -> list[Reply]:
         replies = []
         for question in questions:
             content = question
             if not isinstance(question, str):
-                content = [{"type": "input_audio", "input_audio": {"data": wav_of(clip), "format": "wav"}}
-                           for clip in question]
-                content += [{"type": "text", "text": c.bench.request}] * bool(c.bench.request)
+                content = contents(question, c.bench.request, wav_part)
             turn = {"role": "user", "content": content}
             text, why = chat([turn], max_tokens=c.bench.long_answers, temperature=0)
             problem = {"problem": "the server sent no completion"} if text is None else {}
@@ -1635,10 +1658,11 @@ def url_system(c: synth.Settings, name: str) -> System:
 SYSTEMS = {"run": run_system, "hf": hf_system, "cascade": cascade_system, "url": url_system}
 
 
-def wav_of(clip: np.ndarray) -> str:
+def wav_part(clip: np.ndarray) -> dict:
     file = io.BytesIO()
     soundfile.write(file, clip, RATE, format="WAV", subtype="PCM_16")
-    return base64.b64encode(file.getvalue()).decode()
+    return {"type": "input_audio",
+            "input_audio": {"data": base64.b64encode(file.getvalue()).decode(), "format": "wav"}}
 
 
 @contextlib.contextmanager
@@ -1715,21 +1739,22 @@ def ask_system(c: synth.Settings, folder: Path, rows: list[dict], system: System
     todo = [row for row in rows[rank::world] if "problem" in done.get(row["key"], {"problem": "not asked"})]
     todo.sort(key=lambda row: (mode(row), len(row["prompt"])))            # batches of like lengths
     if todo:
-        ask = system.load()
+        answers = functools.partial(answers_of, system.load())
+        batches_of = list(inserter.batches(todo, 1 if system.at_once else c.bench.batch))
         with tqdm(total=len(todo), desc="answers", disable=None) as bar, open(path, "ab") as file:
-            def ask_some(some: list[dict]) -> list[dict]:
-                questions = {row["key"]: question_of(row) for row in some}
-                sound = {key: question for key, question in questions.items() if question is not None}
-                replies = dict(zip(sound, ask(list(sound.values())) if sound else []))
-                return [row | replies.get(row["key"], BROKEN_CLIP) for row in some]
-
-            size = 1 if system.at_once else c.bench.batch
-            some = list(inserter.batches(todo, size))
-            for answered in as_done(ask_some, some, system.at_once):
+            for answered in as_done(answers, batches_of, system.at_once):
                 append(file, answered)
                 bar.update(len(answered))
     done = all_answers(folder)
     return [done[row["key"]] | row for row in rows if row["key"] in done]
+
+
+def answers_of(ask: Callable[[list[inserter.Question]], list[Reply]], rows: list[dict]) -> list[dict]:
+    """Rows with a system's replies; those whose clip is broken with the reason why there is none."""
+    questions = {row["key"]: question_of(row) for row in rows}
+    sound = {key: question for key, question in questions.items() if question is not None}
+    replies = dict(zip(sound, ask(list(sound.values())) if sound else []))
+    return [row | replies.get(row["key"], BROKEN_CLIP) for row in rows]
 
 
 def all_answers(folder: Path) -> dict[str, dict]:
@@ -1740,7 +1765,7 @@ def all_answers(folder: Path) -> dict[str, dict]:
     return {row["key"]: row for row in rows}
 
 
-def question_of(row: dict) -> Question | None:
+def question_of(row: dict) -> inserter.Question | None:
     """What a row asks; None where its clip is missing or broken."""
     if not row["audio_path"]:
         return row["prompt"]
@@ -1893,8 +1918,8 @@ def without_fence(text: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # 10. Table and page
 #
-# The same figures in aligned columns for the terminal, and for the tiny suite on one page with a chart,
-# tables, and rows to listen to. The page is the template PAGE at the end of this file; here stands what it
+# The same figures in aligned columns for the terminal, and on one page with charts, tables, and rows to
+# listen to. The page is the template PAGE at the end of this file; here stands what it
 # shows, as plain lists and dicts.
 # --------------------------------------------------------------------------------------------------
 
@@ -1965,9 +1990,9 @@ def conditions_of(results: dict, suite: str) -> Iterator[tuple]:
             yield condition, typed, cell.get("spoken"), cell.get("gap", {})
 
 
-def table_rows(results: dict, kind: Kind) -> Iterator[list[str]]:
-    """The result table as text cells, one row for each condition and figure of each suite."""
-    for suite, metrics in kind.shown.items():
+def table_rows(results: dict, shown_of: dict[str, list[str]]) -> Iterator[list[str]]:
+    """The result table as text cells, one row for each condition and figure (`shown_of`) of each suite."""
+    for suite, metrics in shown_of.items():
         for condition, typed, spoken, gaps in conditions_of(results, suite):
             name = condition if suite == "closed" else f"{suite}: {condition}"
             shown = spoken or typed
@@ -1977,7 +2002,7 @@ def table_rows(results: dict, kind: Kind) -> Iterator[list[str]]:
                 cells.append(points(gap.get("difference")))
                 cells.append(" to ".join(map(points, gap.get("interval") or [None])))
                 floors = [floor[metric] for floor in shown.get("floors", {}).values()]
-                yield cells + list(map(points, floors or [None] * 3 if kind is OURS else floors))
+                yield cells + list(map(points, floors or [None] * 3))        # no floors: a transcription's
 
 
 def official_table(results: dict) -> list[list[str]]:
@@ -1989,14 +2014,14 @@ def official_table(results: dict) -> list[list[str]]:
     columns += [("open", "standard", "prompt"), ("open", "standard", "instruction"),
                 ("adjustment", "standard", "IAR"), ("adjustment", "standard", "ECR")]
     for lang, found in results["languages"].items():
-        for how in ("typed", "spoken", "gap"):
+        shown = {(suite, condition): figures for suite in SHOWN_OF_FILES
+                 for condition, *figures in conditions_of(found, suite)}
+        for how, place in (("typed", 0), ("spoken", 1), ("gap", 2)):
             cells = []
             for suite, condition, metric in columns:
-                shown = {name: figures for name, *figures in conditions_of(found, suite)}.get(condition)
-                typed, spoken, gaps = shown or (None, None, {})
-                figure = {"typed": typed, "spoken": spoken}.get(how) or {}
-                value = gaps.get(metric, {}).get("difference") if how == "gap" else figure.get(metric)
-                cells.append(points(value))
+                figure = shown.get((suite, condition), (None, None, None))[place] or {}
+                value = figure.get(metric)
+                cells.append(points(value["difference"] if how == "gap" and value else value))
             table.append([LANGUAGE_NAMES[lang], how, *cells])
     return table
 
@@ -2007,10 +2032,10 @@ def print_files(c: synth.Settings, results: dict) -> None:
     print_aligned(official_table(results), left=2)
     for lang, found in results["languages"].items():
         print(f"\n{LANGUAGE_NAMES[lang]}")
-        print_aligned([FILE_COLUMNS, *table_rows(found, THEIRS)], left=2)
+        print_aligned([FILE_COLUMNS, *table_rows(found, SHOWN_OF_FILES)], left=2)
         print(amounts(found))
-    if results["broken clips"]:
-        print(f"{results['broken clips']} clips are missing or broken, so their rows count as not followed.")
+    for problem, count in results["problems"].items():
+        print(f"{count} rows count as not followed: {problem}.")
     if results["not judged"]:
         print(f"{results['not judged']} rows have no votes of a judge; give judge=url:… or judge=hf:….")
     if c.published:
@@ -2024,7 +2049,7 @@ def amounts(results: dict) -> str:
 
 def print_table(results: dict) -> None:
     print(results["warning"])
-    print_aligned([list(COLUMNS), *table_rows(results, OURS)], left=2)
+    print_aligned([list(COLUMNS), *table_rows(results, SHOWN)], left=2)
     print(f"{amounts(results)} Floors: these answers against other prompts' instructions; the model fed "
           "silence; the answer of the nearest training prompt.")
 
@@ -2042,7 +2067,7 @@ def write_report(c: synth.Settings, folder: Path, scored: list[dict], results: d
         "name": "",
         "bars": bars(results, "strict-prompt"),
         "note": "strict prompt-level accuracy in percent; whiskers: 95 % bootstrap",
-        "table": [COLUMNS, *table_rows(results, OURS)],
+        "table": [COLUMNS, *table_rows(results, SHOWN)],
         "rest": rest,
         "breakdowns": {f"By {field}": breakdown(results, f"by {field}", "strict-prompt")
                        for field in ("kind", "constraint", "variant")}}
@@ -2061,7 +2086,7 @@ def write_files_report(folder: Path, scored: list[dict], results: dict) -> Path:
             "name": LANGUAGE_NAMES[lang],
             "bars": bars(found, "mean-prompt"),
             "note": "prompt-level accuracy, mean of strict and loose, in percent; whiskers: 95 % bootstrap",
-            "table": [FILE_COLUMNS, *table_rows(found, THEIRS)],
+            "table": [FILE_COLUMNS, *table_rows(found, SHOWN_OF_FILES)],
             "rest": amounts(found),
             "breakdowns": {"By type of instruction": breakdown(found, "by instruction", "strict-instruction"),
                            "By noise, accent and style": breakdown(found, "by variant", "mean-prompt")}})
@@ -2380,14 +2405,15 @@ def benchmark_files(c: synth.Settings) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             answered = judge_rows(c, folder, answered, judge)
         system.about |= judge.about
-    scored = [verdicts(row, row["suite"], c.official) for row in answered]
+    kind = theirs(c.official)
+    scored = [kind.judge(row) for row in answered]
     languages = {}
     for lang in sorted({row["lang"] for row in scored}):
         own = [row for row in scored if row["lang"] == lang]
-        languages[lang] = nested_results(own, c.bench.bootstrap, THEIRS)
-    results = {"about": system.about, "prompts": prompts.name, "made": made, "official": c.official,
+        languages[lang] = nested_results(own, c.bench.bootstrap, kind)
+    results = {"about": system.about, "prompts": folder.parent.name, "made": made, "official": c.official,
                "seed": c.seed, "bootstrap": c.bench.bootstrap,
-               "broken clips": sum("problem" in row for row in scored),
+               "problems": collections.Counter(row["problem"] for row in scored if "problem" in row),
                "not judged": sum(row["suite"] in METRICS_OF_VOTES and row.get("response") is not None
                                  and row.get("pred_score") is None for row in scored),
                "languages": languages}
@@ -2419,11 +2445,12 @@ def begin(c: synth.Settings) -> Path:
 
 def check_settings(c: synth.Settings) -> None:
     b = c.bench
-    least = min(b.batch, b.max_tokens, b.bootstrap, len(b.snr), len(b.accents))
+    least = min(b.batch, b.max_tokens, b.long_answers, b.votes, b.requests, b.bootstrap, len(b.snr),
+                len(b.accents))
     if min(b.rows, b.adjustment_rows, b.open_rows) < 2 or least < 1:
         raise UserError("bench.rows, bench.adjustment_rows and bench.open_rows must be at least 2, "
-                        "bench.batch, bench.max_tokens and bench.bootstrap at least 1, bench.snr and "
-                        "bench.accents not empty.")
+                        "bench.batch, bench.max_tokens, bench.long_answers, bench.votes, bench.requests and "
+                        "bench.bootstrap at least 1, bench.snr and bench.accents not empty.")
     known = set(b.accents) & set(c.synth.accents)
     if known:
         raise UserError(f"bench.accents must not be training's own; take {', '.join(sorted(known))} out.")
@@ -2489,6 +2516,7 @@ CHINESE_ACCENTS = ["yue", "hak"]
 CHINESE_FILLERS = ["嗯，", "呃，", "那个，"]
 MADE = "spoken here by bench.py make="
 LANGUAGE_NAMES = {"en": "English", "zh": "Chinese"}
+LANGUAGE_CODES = {"en": "en", "english": "en", "zh": "zh", "cn": "zh", "zh-cn": "zh", "chinese": "zh"}
 FILE_COLUMNS = ["condition", "figure", "rows", "typed %", "spoken %", "gap", "95 % of the gap",
                 "other prompts"]
 PAGE_ROWS = 40                         # of every language, suite, condition and mode
@@ -2520,6 +2548,7 @@ HINTS = {401: "set {}", 403: "this key may not", 404: "is the model's name right
 # What a file of prompts may hold of another system: not read.
 ANSWERED = ("response", "truncated", "pred_score", "problem", "heard", "decoding", "strict", "loose",
             "majority", "votes", "malformed", "ties")
+CLIP = {"type": "audio", "audio_url": ""}       # for chat templates: some look at the type, some for the name
 BROKEN_CLIP = {"response": None, "truncated": False, "problem": "its clip is missing or broken"}
 
 # What a judge is asked: our own words for the official script's questions, with its form of answer.
@@ -2680,7 +2709,7 @@ p b { color: #888; font-weight: 400 }
 {%- endfor %}
 {%- endfor %}
 <h2>Rows</h2><p>The first {{ groups | map("length") | max }} of every condition, or as many as it has; all are
-in answers.jsonl. <select id="condition"><option>all conditions</option></select>
+in the JSONL files beside this page. <select id="condition"><option>all conditions</option></select>
 <select id="verdict"><option>all verdicts</option><option>followed</option>
 <option>not followed</option></select>
 <span id="count"></span></p>

@@ -2167,7 +2167,7 @@ def start_group() -> None:
         if here.index >= gpus:
             raise UserError(f"There is no GPU for process {here.index} (counted from 0) of this machine with "
                             f"{gpus} GPUs; start torchrun with --nproc-per-node={gpus} at most.")
-        torch.cuda.set_device(device_here())
+        torch.cuda.set_device(here)
     if rank_and_world()[1] > 1:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
