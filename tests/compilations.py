@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> None:
     inserter.main([*SETTINGS, *arguments])
     lines = [json.loads(line) for line in Path("runs/compilations/metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(Path("runs/compilations"))
-    result = {"command": "python tests/compilations.py", "steps": STEPS, "points": sum("eval" in line for line in lines),
-              "graphs compiled": counters["stats"]["unique_graphs"],
+    result = {"command": "python tests/compilations.py", "steps": STEPS,
+              "points": sum("eval" in line for line in lines), "graphs compiled": counters["stats"]["unique_graphs"],
               "calls of compiled blocks": counters["stats"]["calls_captured"],
               "graph breaks": sum(counters["graph_break"].values())}
     print(result)

@@ -4,7 +4,8 @@
     python tests/english_text.py packages FOLDER [other text.jsonl]
 
 Writes fortunes.txt and gcide.txt (the GNU Collaborative International Dictionary of English): documents of plain
-sentences, blank lines between, of words that occur in all this text, the third file's included, at least so often; of the dictionary an even choice of its documents.
+sentences, blank lines between, of words that occur at least OFTEN times in all this text, the other one's included. Of
+the dictionary an even choice, about DOCUMENTS documents.
 """
 import gzip
 import json
@@ -44,7 +45,7 @@ def sentences(text):
 
 
 def main(folder, out, *others):
-    """Both files, of sentences whose words are all frequent, in documents of up to 60 words."""
+    """Both files, of sentences whose words are all frequent; a document ends where it has passed 60 words."""
     sources = {"fortunes": [sentences(t) for t in fortunes(Path(folder))],
                "gcide": [sentences(t) for t in definitions(Path(folder))]}
     counts = Counter()
