@@ -1531,7 +1531,8 @@ def open_system(c: synth.Settings) -> System:
                         "url:ADDRESS,MODEL.")
     system = SYSTEMS[kind](c, name)
     system.about = {"system": f"{kind}:{name}", "decoding": "greedy", "max_tokens": c.bench.long_answers,
-                    "request": c.bench.request, "transformers": transformers.__version__} | system.about
+                    "request": c.bench.request, "precision": c.bench.precision,
+                    "transformers": transformers.__version__} | system.about
     return system
 
 
@@ -1539,6 +1540,8 @@ def run_system(c: synth.Settings, name: str) -> System:
     """A run of ours, by its own code."""
     def load() -> Callable:
         model, tokenizer = inserter.load_run(synth.Settings(c | {"run": name}))
+        if c.bench.precision != "auto":
+            model.to(getattr(torch, c.bench.precision))
 
         def ask(questions: list[inserter.Question]) -> list[Reply]:
             answers = inserter.answer(model, tokenizer, questions, c.bench.long_answers, c.bench.batch)
@@ -1556,7 +1559,7 @@ def hf_system(c: synth.Settings, name: str) -> System:
             config = transformers.AutoConfig.from_pretrained(name)
             kinds = (transformers.AutoModelForMultimodalLM, transformers.AutoModelForSeq2SeqLM)
             kind = next((each for each in kinds if type(config) in each._model_mapping), kinds[0])
-            model = kind.from_pretrained(name, dtype="auto").eval().to(inserter.device_here())
+            model = kind.from_pretrained(name, dtype=c.bench.precision).eval().to(inserter.device_here())
         processor.tokenizer.padding_side = "left"
 
         @torch.inference_mode()
@@ -1600,7 +1603,7 @@ def cascade_system(c: synth.Settings, name: str) -> System:
             own = {}
             if transformers.AutoConfig.from_pretrained(asr).model_type == "whisper":  # the folder may not say
                 own = {"tokenizer": transformers.WhisperTokenizerFast.from_pretrained(asr)}
-            options = {"dtype": "auto", "device": device}
+            options = {"dtype": c.bench.precision, "device": device}
             hear = transformers.pipeline("automatic-speech-recognition", asr, **options, **own)
             reply = transformers.pipeline("text-generation", llm, **options)
         reply.tokenizer.padding_side = "left"
@@ -1609,7 +1612,11 @@ def cascade_system(c: synth.Settings, name: str) -> System:
         def ask(questions: list[inserter.Question]) -> list[Reply]:
             clips = [{"raw": clip, "sampling_rate": RATE} for question in questions
                      if not isinstance(question, str) for clip in question]
-            heard = iter(hear(clips, batch_size=min(8, c.bench.batch)) if clips else [])
+            limit = {}
+            if clips and hear.type.startswith("seq2seq"):        # or a word said over and over fills its window
+                longest = max(len(clip["raw"]) for clip in clips) / RATE
+                limit["generate_kwargs"] = {"max_new_tokens": round(10 + MOST_TOKENS * longest)}
+            heard = iter(hear(clips, batch_size=min(16, c.bench.batch), **limit) if clips else [])
             texts = [question if isinstance(question, str)
                      else " ".join(plain(next(heard)["text"]) for _ in question) for question in questions]
             turns = [[{"role": "user", "content": text}] for text in texts]
@@ -1833,7 +1840,7 @@ def open_judge(c: synth.Settings) -> Judge:
 
     def load() -> Vote:
         with checkpoint_errors(name):
-            reply = transformers.pipeline("text-generation", name, dtype="auto",
+            reply = transformers.pipeline("text-generation", name, dtype=c.bench.precision,
                                           device=inserter.device_here())
 
         def ask(text: str, seed: int) -> str:
@@ -2545,6 +2552,8 @@ TIMEOUT = 120
 LONGEST_REPLY = 100_000
 HINTS = {401: "set {}", 403: "this key may not", 404: "is the model's name right?",
          429: "start again later", 500: "start again later"}
+# No speaker says more tokens a second: a cascade's transcripts end there.
+MOST_TOKENS = 10
 # What a file of prompts may hold of another system: not read.
 ANSWERED = ("response", "truncated", "pred_score", "problem", "heard", "decoding", "strict", "loose",
             "majority", "votes", "malformed", "ties")

@@ -1885,7 +1885,7 @@ def write(c: Settings) -> str:
                 file.write(json.dumps({"number": number, "messages": messages}, ensure_ascii=False) + "\n")
                 kept += 1
             file.flush()
-    return f"{kept} dialogues of {wanted - first} tried are written to {path}"
+    return f"{kept} dialogues of {max(0, wanted - first)} tried are written to {path}"
 
 
 def user_questions(pattern: str) -> Iterator[str]:

@@ -1854,6 +1854,9 @@ def check_config(c: Settings) -> None:
            "bench.noise and synth.noise.folder are one folder: test with noises that training never hears.")
     for key in ("keep_states", "open_documents"):
         demand(c.train[key] >= 1, f"train.{key} must be at least 1, not {c.train[key]}.")
+    for key in ("train", "bench"):
+        demand(c[key].precision in ("auto", "float32", "bfloat16"),
+               f"{key}.precision must be auto, float32 or bfloat16, not {c[key].precision!r}.")
     recipes = [*c.synth.shards]
     for name, stage in c.train.stages.items():
         demand(stage.ctc_classes >= 0, f"train.stages.{name}.ctc_classes must be at least 0.")

@@ -91,6 +91,7 @@ def test_worked_examples():
     (["synth.shards.interleavd=3"], "Unknown recipe 'interleavd'.*nearest one is interleaved"),
     (["synth.share=1.5"], "synth.share is a share from 0 to 1"),
     (["synth.level=words"], "synth.level must be word or sentence, not 'words'"),
+    (["train.precision=bf16"], "train.precision must be auto, float32 or bfloat16, not 'bf16'"),
     (["synth.min_words=12"], "synth.min_words must be at least 1 and at most synth.max_words"),
     (["synth.workers=0"], "synth.workers must be at least 1"),
     (["synth.max_document=0"], "synth.max_document must be at least 1, not 0"),

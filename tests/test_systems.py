@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -467,3 +468,120 @@ def test_making_into_a_folder_of_somebody_else(made, monkeypatch):
     with pytest.raises(synth.UserError, match="is there already"):
         bench.main([CONFIG, "make=mine.jsonl", "prompts=other"])
     assert [path.name for path in Path("other").iterdir()] == ["thesis.txt"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Real weights: transformers' own server, a cascade and a judge of real models
+# --------------------------------------------------------------------------------------------------
+
+REAL = os.environ.get("REAL_WEIGHTS")
+real = pytest.mark.skipif(REAL is None, reason="REAL_WEIGHTS names no folder of real checkpoints")
+WHISPER, SMOLLM = f"{REAL}/whisper-tiny.en", f"{REAL}/smollm2-135m-instruct"
+ASKED = ["What is the capital of France?", "Name three fruits."]
+
+
+def own_answers(questions, tokens):
+    """SmolLM2's greedy answers, each asked alone, without bench.py."""
+    import torch
+    import transformers
+    tok = transformers.AutoTokenizer.from_pretrained(SMOLLM)
+    llm = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM, dtype=torch.float32)
+    answers = []
+    for question in questions:
+        turns = [{"role": "user", "content": question}]
+        ids = tok.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        made = llm.generate(**ids, max_new_tokens=tokens, do_sample=False)
+        answers.append(tok.decode(made[0, ids["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+    return answers
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def served():
+    """SmolLM2 behind `transformers serve`: the server's name for system= and judge=."""
+    pytest.importorskip("uvicorn", reason="pip install transformers[serving]")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", SMOLLM, "--host", "127.0.0.1",
+               "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        said = []
+        for line in server.stderr:
+            said.append(line)
+            if "running on" in line:
+                break
+        else:
+            pytest.fail("transformers serve ended: " + "".join(said[-5:]))
+        threading.Thread(target=server.stderr.read, daemon=True).start()          # or its pipe fills up
+        yield f"url:http://127.0.0.1:{port}/v1,{SMOLLM}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@real
+def test_transformers_serve_as_system_and_judge(served, tmp_path, monkeypatch):
+    """A server that nobody here wrote: the same greedy answers as the model's own, and votes that are counted."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("sib/closed_standard_en.jsonl"), [{"prompt": text} | NO_COMMA for text in ASKED])
+    write_lines(Path("sib/open_ended_en.jsonl"), [{"prompt": ASKED[0], "decomposed_questions": ["Is Paris named?"]}])
+    write_lines(Path("sib/adjustment_en.jsonl"), [{"prompt": "Name a fruit, no, name a colour."}])
+    settings = [f"system={served}", f"judge={served}", "bench.votes=2", "bench.long_answers=24"]
+    run(*settings)
+    rows = [json.loads(line) for line in next(Path("benchmarks/sib").glob("url*/scored.jsonl")).open()]
+    closed = [row["response"].strip() for row in rows if row["suite"] == "closed"]
+    assert closed == own_answers([row["prompt"] for row in rows if row["suite"] == "closed"], 24)
+    votes = next(Path("benchmarks/sib").glob("url*/votes.jsonl"))
+    assert len(votes.read_text().splitlines()) == 4
+    for row in rows:
+        if row["suite"] != "closed":
+            assert row["votes"] == 2 and row["malformed"] <= 2
+    before = votes.read_bytes()
+    run(*settings)
+    assert votes.read_bytes() == before
+
+
+@real
+def test_a_server_that_takes_no_audio(served, official):
+    """SmolLM2 cannot hear: a sentence, and the typed answers are kept."""
+    with pytest.raises(synth.UserError, match="refuses with status"):
+        run(f"system={served}", "bench.long_answers=4")
+
+
+@real
+def test_a_cascade_of_real_models(tmp_path, monkeypatch):
+    """Whisper writes down what espeak says, mostly; the LLM answers that, and typed prompts as if alone."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(Path("ask.jsonl"), [{"prompt": text} | NO_COMMA for text in ASKED])
+    bench.main([CONFIG, "make=ask.jsonl", "prompts=sib", 'synth.timbres=[m1, m5, m6, Mike, miguel, Hugo]'])
+    run(f"system=cascade:{WHISPER},{SMOLLM}", "bench.long_answers=24")
+    rows = [json.loads(line) for line in next(Path("benchmarks/sib").glob("cascade*/scored.jsonl")).open()]
+    heard = [row["heard"] for row in rows if row["audio_path"]]
+    typed = [row["prompt"] for row in rows if not row["audio_path"]]
+    assert [row["response"].strip() for row in rows if not row["audio_path"]] == own_answers(typed, 24)
+    assert [row["response"].strip() for row in rows if row["audio_path"]] == own_answers(heard, 24)
+    standard = [row for row in rows if row["audio_path"] and row["condition"] == "standard"]
+    wrong = [bench.contributions({"suite": "transcription", "reference": row["prompt"], "response": row["heard"]})["WER"]
+             for row in standard]
+    assert min(errors for errors, _ in wrong) <= 1, heard
+    assert max(len(text.split()) for text in heard) < 40                # a loop would go on to 448 tokens
+
+
+@real
+def test_a_judge_of_real_weights(official, serve, monkeypatch):
+    """SmolLM2 votes in this process: every vote is counted, well formed or not, and none is asked twice."""
+    settings = [f"system={serve(lambda request: 'Tea is good.').name}", f"judge=hf:{SMOLLM}", "bench.votes=1"]
+    run(*settings)
+    found = results("url")["languages"]["en"]
+    cells = [found[suite]["standard"][mode] for suite in ("open", "adjustment") for mode in ("typed", "spoken")]
+    assert [cell["count"] for cell in cells] == [2, 2, 1, 1]
+    lines = next(Path("benchmarks/sib").glob("url*/votes.jsonl")).read_text().splitlines()
+    assert len(lines) == 3                # the server says the same to clips and texts: six answers, three questions
+    monkeypatch.setattr(bench.transformers, "pipeline", lambda *_, **__: pytest.fail("was loaded again"))
+    run(*settings)
