@@ -1613,7 +1613,7 @@ def cascade_system(c: synth.Settings, name: str) -> System:
             clips = [{"raw": clip, "sampling_rate": RATE} for question in questions
                      if not isinstance(question, str) for clip in question]
             limit = {}
-            if clips and hear.type.startswith("seq2seq"):        # or a word said over and over fills its window
+            if clips and hear.type.startswith("seq2seq"):     # or a word said over and over fills its window
                 longest = max(len(clip["raw"]) for clip in clips) / RATE
                 limit["generate_kwargs"] = {"max_new_tokens": round(10 + MOST_TOKENS * longest)}
             heard = iter(hear(clips, batch_size=min(16, c.bench.batch), **limit) if clips else [])
