@@ -809,6 +809,10 @@ def nested_results(rows: list[dict], resamples: int, kind: Kind) -> dict:
     decodings = {json.dumps(row["decoding"]): row["decoding"] for row in rows if "decoding" in row}
     results = {"rows": len(rows), "bootstrap": resamples, "decoding": list(decodings.values())}
     results |= incomplete(rows)
+    lengths = [row["seconds"] for row in rows if mode(row) == "spoken" and "seconds" in row]
+    if lengths and kind is not OURS:
+        results |= {"clips": len(lengths), "hours": sum(lengths) / 3600,
+                    "clips over 30 s": sum(length > inserter.LONGEST / RATE for length in lengths)}
     for (suite, condition, how), group in groups.items():
         cell = results.setdefault(suite, {}).setdefault(condition, {})
         cell[how] = group_figures(group, resamples, kind)
@@ -853,6 +857,10 @@ def group_figures(rows: list[dict], resamples: int, kind: Kind) -> dict:
     shown = kind.shown[rows[0]["suite"]]
     metrics = counts[0] if kind is OURS else [*shown, "coverage"]
     result = {"count": len(rows)} | figures(counts, metrics, resamples) | incomplete(rows)
+    if "heard" in rows[0]:                                      # what a cascade's first model made of it
+        heard = [compared({"text": row.get("spoken") or row["prompt"], "response": row["heard"]})["WER"]
+                 for row in rows if "heard" in row]
+        result["heard WER"] = estimate(heard, resamples)
     if "votes" in rows[0]:
         result |= {name: sum(row[name] for row in rows) for name in ("votes", "malformed", "ties")}
     for field in ("kind", "constraint", "variant"):
@@ -2041,6 +2049,8 @@ def print_files(c: synth.Settings, results: dict) -> None:
         print(f"\n{LANGUAGE_NAMES[lang]}")
         print_aligned([FILE_COLUMNS, *table_rows(found, SHOWN_OF_FILES)], left=2)
         print(amounts(found))
+        if misheard := misheard_by_first(found):
+            print(misheard)
     for problem, count in results["problems"].items():
         print(f"{count} rows count as not followed: {problem}.")
     if results["not judged"]:
@@ -2051,7 +2061,19 @@ def print_files(c: synth.Settings, results: dict) -> None:
 
 
 def amounts(results: dict) -> str:
-    return f"{results['rows']} rows, {results['truncated']} answers truncated, {results['missing']} missing."
+    clips = ""
+    if "clips" in results:
+        clips = (f", {results['clips']} clips of {results['hours']:.1f} hours ({results['clips over 30 s']} "
+                 "longer than 30 s)")
+    return (f"{results['rows']} rows{clips}, {results['truncated']} answers truncated, {results['missing']} "
+            "missing.")
+
+
+def misheard_by_first(results: dict) -> str:
+    """Of a cascade, the words that its first model misheard, by suite and condition."""
+    found = [f"{suite}, {condition} {points(spoken['heard WER'][0])} %" for suite in SHOWN_OF_FILES
+             for condition, _, spoken, _ in conditions_of(results, suite) if spoken and "heard WER" in spoken]
+    return f"Words misheard by the cascade's first model: {'; '.join(found)}." if found else ""
 
 
 def print_table(results: dict) -> None:
@@ -2094,7 +2116,7 @@ def write_files_report(folder: Path, scored: list[dict], results: dict) -> Path:
             "bars": bars(found, "mean-prompt"),
             "note": "prompt-level accuracy, mean of strict and loose, in percent; whiskers: 95 % bootstrap",
             "table": [FILE_COLUMNS, *table_rows(found, SHOWN_OF_FILES)],
-            "rest": amounts(found),
+            "rest": f"{amounts(found)} {misheard_by_first(found)}",
             "breakdowns": {"By type of instruction": breakdown(found, "by instruction", "strict-instruction"),
                            "By noise, accent and style": breakdown(found, "by variant", "mean-prompt")}})
     groups = collections.defaultdict(list)
@@ -2369,6 +2391,70 @@ def score_files(c: synth.Settings) -> None:
         print_published(c.suite)
 
 
+def score_manifest(c: synth.Settings) -> None:
+    """`manifest=FILE.jsonl`: ask the run about recordings, and score what it says by task and language.
+
+    Answers are kept in runs/<run>/manifest-<name>.jsonl as they come. A recording that cannot be read counts
+    as answered with nothing.
+    """
+    recordings = [row for row in synth.read_documents(c.manifest) if "audio_filepath" in row]
+    if not recordings:
+        raise UserError(f"{c.manifest} names no recording; each line has audio_filepath and text.")
+    model, tokenizer = inserter.load_run(c)
+    path = Path("runs") / c.run / f"manifest-{Path(c.manifest).stem}.jsonl"
+    asked = [[row["audio_filepath"], row["text"], row.get("prompt")] for row in recordings]
+    settings = {"model": digest_of(Path("runs") / c.run / "model"), "max_tokens": c.bench.long_answers,
+                "recordings": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
+    if c.fresh:
+        path.unlink(missing_ok=True)
+    synth.same_settings(path.with_suffix(".yaml"), settings, (), "ask anew with fresh=true", path.is_file())
+    done = len(synth.whole_lines(path))
+    with (open(path, "ab") as file,
+          tqdm(total=len(recordings), initial=done, desc="answers", disable=None) as bar):
+        for batch in inserter.batches(recordings[done:], c.bench.batch):
+            heard = [synth.read_recorded(row["audio_filepath"], inserter.LONGEST / RATE) for row in batch]
+            fit = [i for i, (clip, unfit) in enumerate(heard)
+                   if not unfit and inserter.audio_positions(len(clip))]
+            asks = [synth.recorded_task(batch[i])["parts"][1]["text"] for i in fit]
+            said = inserter.say_about(model, tokenizer, [heard[i][0] for i in fit], asks,
+                                      c.bench.long_answers, c.bench.batch)
+            answers = dict(zip(fit, said))
+            append(file, [row | {"seconds": len(heard[i][0]) / RATE, "response": answers.get(i),
+                                 "problem": heard[i][1]} for i, row in enumerate(batch)])
+            bar.update(len(batch))
+    rows = [json.loads(line) for line in synth.whole_lines(path)]
+    groups = collections.defaultdict(list)
+    for row in rows:
+        groups[row.get("task", "transcribe"), row.get("lang", c.synth.lang)].append(row)
+    results = []
+    for (task, lang), group in sorted(groups.items()):
+        found = figures(list(map(compared, group)), ("WER", "CER", "exact"), c.bench.bootstrap)
+        results.append({"task": task, "lang": lang, "count": len(group),
+                        "unreadable": sum(row["response"] is None for row in group),
+                        "hours": round(sum(row["seconds"] for row in group) / 3600, 4)} | found)
+    target = path.with_suffix(".results.json")
+    synth.write_whole(target, json.dumps(settings | {"tasks": results}, indent=1).encode())
+    shown, measured = ("task", "lang", "count", "unreadable", "hours"), ("WER", "CER", "exact")
+    table = [[*shown, *(f"{name} %" for name in measured)]]
+    for row in results:
+        table.append([*(str(row[name]) for name in shown), *(percent(row, name) for name in measured)])
+    print_aligned(table, left=2)
+    print(f"{target} is written.")
+
+
+def compared(row: dict) -> Counts:
+    """How far an answer is from a recording's text, without case and punctuation.
+
+    >>> compared({"text": "It is red.", "response": "it is read"})
+    {'WER': (1, 3), 'CER': (1, 7), 'exact': (0, 1)}
+    """
+    wanted, said = (synth.WORD.findall((text or "").lower()) for text in (row["text"], row["response"]))
+    distance = torchaudio.functional.edit_distance
+    return {"WER": (distance(wanted, said), len(wanted)),
+            "CER": (distance("".join(wanted), "".join(said)), len("".join(wanted))),
+            "exact": (int(wanted == said), 1)}
+
+
 def benchmark(c: synth.Settings) -> None:
     folder = begin(c)
     rows = ask_rows(c, folder, make_prompts(c, folder))
@@ -2474,7 +2560,9 @@ def main(arguments: list[str]) -> None:
                         "need these suites, or prompts=FOLDER.")
     if not files and c.make is None and (c.system or c.judge):
         raise UserError("system= and judge= are for prompts=FOLDER.")
-    if c.make is not None:
+    if c.manifest is not None:
+        score_manifest(c)
+    elif c.make is not None:
         print(f"{make(c)}; ask with prompts={c.prompts or Path(c.make).stem + '-aloud'}.")
     elif files:
         benchmark_files(c)

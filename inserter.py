@@ -20,7 +20,7 @@ Samples are packed end to end, without padding; attention stays inside a sample 
     python inserter.py preview=8                          preview.html: hear samples, see ids and labels
     python inserter.py ask=question.wav                   answer a spoken question
     python inserter.py ask="what colour is the sun"       or a typed one
-    python inserter.py write=own.jsonl                    let the LLM write dialogues: a corpus for synth.py
+    python inserter.py write=own.jsonl                    let the LLM write: a corpus for synth.py
 
 Legend  T positions of a pack   d width   Hq, Hkv query and key-value heads   D head size   V vocabulary
         N, F, L  frames of a clip, frames computed of it (N and two of context), convolution outputs
@@ -273,7 +273,8 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
 
 def word_tokens(part: dict, tok: Tokenizer) -> list[int]:
     """The words of a speech part as tokens, in lower case, without punctuation: what a CTC stage asks for."""
-    return [i for word in synth.WORD.findall(part["text"].lower()) for i in tok(f" {word}")]
+    words = synth.WORD.findall(part["text"].lower())
+    return [i for word in words for i in tok(word if word >= "\u3400" else f" {word}")]
 
 
 def spaces_moved(parts: list[dict]) -> list[tuple[dict, str]]:
@@ -917,6 +918,9 @@ def packed(documents: list[Encoded], ctc: bool, waste: int, skipped: list[str], 
     labels = np.array([label for document in documents for label in document.labels], np.int64)
     clips = [clip for document in documents for clip in document.clips]
     word_ids = [ids for document in documents for ids in document.word_ids]
+    if ctc:                                  # of a recording whose words nobody wrote down nothing is asked
+        clips = [clip for clip, ids in zip(clips, word_ids) if ids]
+        word_ids = [ids for ids in word_ids if ids]
     silence = np.zeros(0, np.float32)        # where there is no clip
     return Pack(
         ids=np.array([i for document in documents for i in document.ids], np.int64),
@@ -1794,8 +1798,17 @@ def asking(question: Question, tok: Tokenizer) -> Encoded:
 def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max_tokens: int,
                batch: int) -> list[str]:
     """What the model hears in clips at 16 kHz, by the prompt of the speech task."""
-    sample = {"parts": [SPEECH, synth.text_part(synth.TASKS["transcribe"]["ask"], False)], "messages": None}
-    prompts = [encode(sample, {SPEECH["audio"]: waveform}, tok, reply=True) for waveform in waveforms]
+    asks = [synth.TASKS["transcribe"]["ask"]] * len(waveforms)
+    return say_about(model, tok, waveforms, asks, max_tokens, batch)
+
+
+def say_about(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], asks: list[str], max_tokens: int,
+              batch: int) -> list[str]:
+    """What the model says of clips at 16 kHz when it is asked as in a speech task."""
+    prompts = []
+    for waveform, ask in zip(waveforms, asks, strict=True):
+        sample = {"parts": [SPEECH, synth.text_part(ask, False)], "messages": None}
+        prompts.append(encode(sample, {SPEECH["audio"]: waveform}, tok, reply=True))
     return [text.strip() for text, _ in complete(model, tok, prompts, max_tokens, batch)]
 
 
@@ -1842,10 +1855,11 @@ LONGEST_ANSWER = 1000                        # tokens; a model that never ends i
 
 
 def write(c: Settings) -> str:
-    """Let the model that a run starts from write dialogues into the file c.write, an ordinary corpus.
+    """Let the model that a run starts from write a corpus, the file c.write, for the recipe `continuation`.
 
-    Its own questions and answers, or answers to the first user turn of each dialogue of writing.to. What has
-    no end within writing.tokens, or no words, is left out. A stopped run goes on behind the last line.
+    Its own questions and answers; or, of the documents of writing.to, answers to the first user turn of
+    dialogues and continuations of the opening of texts. A reply that has no end within writing.tokens is left
+    out, a continuation ends with its last whole sentence. A stopped run goes on behind the last line.
     -> what was written, in a sentence
     """
     tok = load_tokenizer(c)
@@ -1853,9 +1867,7 @@ def write(c: Settings) -> str:
     if c.train.precision == "bfloat16":
         model.to(torch.bfloat16)            # half the time of float32; autocast would convert at every token
     opening = tok.markup(("user",), False)[0]
-    given = None
-    if c.writing.to:
-        given = list(itertools.islice(user_questions(c.writing.to), c.writing.documents))
+    given = list(itertools.islice(openings(c), c.writing.documents)) if c.writing.to else None
     wanted = c.writing.documents if given is None else len(given)
     path = Path(c.write)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1865,34 +1877,82 @@ def write(c: Settings) -> str:
     first = json.loads(lines[-1])["number"] + 1 if lines else 0
     kept = 0
 
-    def written(kind: str, prompts: dict[int, list[int]], tokens: int) -> dict[int, str]:
-        """{number: continuation} of those that end and say something."""
+    def written(kind: str, prompts: dict[int, list[int]], tokens: int) -> Iterator[tuple[int, str, bool]]:
+        """Number, continuation, and whether it has no end."""
         encoded = [Encoded(f"{c.seed} {kind} {number}", ids, [], [], []) for number, ids in prompts.items()]
         texts = complete(model, tok, encoded, tokens, c.bench.batch, c.writing.temperature)
-        return {number: text.strip() for number, (text, truncated) in zip(prompts, texts)
-                if text.strip() and not truncated}
+        return ((number, *text) for number, text in zip(prompts, texts))
 
     with writing(path), open(path, "a", encoding="utf-8") as file:
         for numbers in batches(list(range(first, wanted)), c.bench.batch):
             if given is None:
-                questions = written("question", {number: opening for number in numbers}, c.writing.tokens[0])
+                asked = written("question", {number: opening for number in numbers}, c.writing.tokens[0])
+                documents = {number: question(synth.clean(text), 0) for number, text, endless in asked
+                             if text.strip() and not endless}
             else:
-                questions = {number: given[number] for number in numbers}
-            prompts = {number: asking(question, tok).ids for number, question in questions.items()}
-            for number, reply in written("reply", prompts, c.writing.tokens[1]).items():
-                turns = [("user", questions[number]), ("assistant", reply)]
-                messages = [{"role": role, "content": text} for role, text in turns]
-                file.write(json.dumps({"number": number, "messages": messages}, ensure_ascii=False) + "\n")
-                kept += 1
+                documents = {number: given[number] for number in numbers}
+            prompts = {number: prompt_ids(document, tok) for number, document in documents.items()}
+            for number, text, endless in written("reply", prompts, c.writing.tokens[1]):
+                document = with_reply(documents[number], text, endless)
+                if document:
+                    file.write(json.dumps({"number": number} | document, ensure_ascii=False) + "\n")
+                    kept += 1
             file.flush()
-    return f"{kept} dialogues of {max(0, wanted - first)} tried are written to {path}"
+    if wanted > first and not lines and not kept:
+        raise UserError(f"None of {wanted} tries had words and an end within writing.tokens, so {path} is "
+                        "empty; raise them, or take another model.")
+    return f"{kept} documents of {max(0, wanted - first)} tried are written to {path}"
 
 
-def user_questions(pattern: str) -> Iterator[str]:
-    """The first user turn of each dialogue of a corpus."""
-    for document in itertools.chain.from_iterable(map(synth.read_documents, synth.corpus_paths(pattern))):
-        said = [turn["content"] for turn in document.get("messages", []) if turn["role"] == "user"]
-        yield from said[:1]
+def openings(c: Settings) -> Iterator[dict]:
+    """What a model is given of the training documents of writing.to, as documents without a reply."""
+    corpus = Settings(c.synth | {"corpus": c.writing.to, "workers": 1})
+    for number, (split, document) in enumerate(synth.split_documents(Settings(c | {"synth": corpus}))):
+        if split != "train":
+            continue
+        lang = {"lang": document["lang"]} if "lang" in document else {}
+        if "messages" in document:
+            asked = [turn["content"] for turn in document["messages"] if turn["role"] == "user"]
+            if asked and synth.count_words(asked[0]):
+                yield question(asked[0], 0) | lang
+            continue
+        text = document["text"]
+        ends = [end for _, end in synth.sentences(text)[:-1]
+                if 0 < synth.count_words(text[:end]) <= c.writing.given]
+        if not ends:
+            continue
+        text = text[:random.Random(f"{c.seed} opening {number}").choice(ends)]
+        if c.writing.ask is None:
+            yield {"text": text, "spoken": [0, len(text)]} | lang
+        else:
+            yield question(f"{c.writing.ask} {text}", len(c.writing.ask) + 1) | lang
+
+
+def question(text: str, start: int) -> dict:
+    """A dialogue that waits for its answer; the question is spoken from `start` on."""
+    return {"messages": [{"role": "user", "content": text}], "spoken": [start, len(text)]}
+
+
+def prompt_ids(document: dict, tok: Tokenizer) -> list[int]:
+    if "messages" in document:
+        return asking(document["messages"][0]["content"], tok).ids
+    return tok.opening + tok(document["text"])
+
+
+def with_reply(document: dict, reply: str, endless: bool) -> dict | None:
+    """A document with what the model wrote; None where that is nothing, or an answer without an end.
+
+    >>> with_reply({"text": "One.", "spoken": [0, 4]}, " Two. Three. Fou", endless=True)["text"]
+    'One. Two. Three.'
+    """
+    if "text" in document:
+        whole = synth.sentences(reply)[:-1 if endless else None]
+        reply = synth.clean(reply[:whole[-1][1]]) if whole else ""
+        return document | {"text": f"{document['text']} {reply}"} if reply else None
+    reply = synth.clean(reply)
+    if endless or not reply:
+        return None
+    return document | {"messages": [*document["messages"], {"role": "assistant", "content": reply}]}
 
 
 def preview(c: Settings) -> Path:

@@ -14,7 +14,7 @@ A SAMPLE is what a shard holds and what inserter.py trains on, the same for ever
 
     {"id": "interleaved-train-000017",      no dots in it; the files are <id>.json, <id>.00.flac, …
      "recipe": "interleaved",               which of RECIPES made it
-     "lang": "en",                          synth.lang
+     "lang": "en",                          the document's, or synth.lang
      "parts": [{"role": "text", "text": "tom puts the ", "loss": true},
                {"role": "speech", "text": "ball in the old garden", "audio": "00.flac", "seconds": 1.62,
                 "voice": "en-us+f3/rate=172/pitch=44"},
@@ -25,13 +25,15 @@ A SAMPLE is what a shard holds and what inserter.py trains on, the same for ever
     messages   a dialogue in place of parts: [{"role": "user", "content": [parts]}, …], roles as in ROLES
     loss       whether the model learns to write this text, or only reads it; speech is never a target
     audio      the clip's file in the same shard: <id>.00.flac, 16 kHz mono, 16 bit
-    voice      the voice's id; `seconds` is the clip's length; `noise`, where there is some: "babble 12 dB"
+    voice      the voice's id, or "recorded"; `seconds` is the clip's length; `noise`, where there is some:
+               "babble 12 dB"
 
     recipe        a sample of it                                                      loss on
     interleaved   a document with spoken segments, or a dialogue with spoken turns    all text
     tasks         speech, a question about it, the answer                             the answer
     text          a document or a dialogue, nothing spoken                            all text
     chat          a dialogue, its questions spoken or typed                           the assistant's turns
+    continuation  what a model was given, spoken, and what it wrote itself            what it wrote
 
     python synth.py                           make the shards that are missing
     python synth.py shard=0/4                 make a quarter of them; 1/4, 2/4 and 3/4 on other machines, say
@@ -99,9 +101,11 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------
 # 1. A document becomes a sample
 #
-# The heart of the method (paper, section 3.1). A document is {"text"} or {"messages"}. Some segments of
-# it are chosen to be spoken, at word level: spans of at least five words until about 30 % of the words
-# are speech; or at sentence level: whole sentences, about 40 %. Four recipes make samples of documents.
+# The heart of the method (paper, section 3.1). A document is {"text"} or {"messages"}; "lang" may say its
+# language. Some segments of it are chosen to be spoken, at word level: spans of at least five words until
+# about 30 % of the words are speech; or at sentence level: whole sentences, about 40 %. Five recipes make
+# samples of documents. Two kinds of document are for one recipe each: what a model wrote (`continuation`),
+# and a recording (`tasks`).
 # Here a speech part has its words, the voice that will say them, and the `loss` that it would have as text;
 # section 6 gives it a clip and keeps the voice's id.
 # --------------------------------------------------------------------------------------------------
@@ -337,6 +341,8 @@ def tasks(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) 
     Where the answer is not known (a voice of unknown gender), it is transcribed; words that the voice cannot
     read stay text, to be copied.
 
+    A recording, {"audio_filepath", "text", "task", "prompt"}, gives one: itself, its prompt, its text.
+
     >>> document = {"text": "it is red."}
     >>> voice_for = lambda words: {"id": "f3", "gender": "f", "rate": 190}
     >>> for sample in tasks(document, load_config([]).synth, Random(4), voice_for):
@@ -346,6 +352,9 @@ def tasks(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) 
     ['is', 'Transcript:', ' is']
     ['it is red.', 'Transcript:', ' it is red.']
     """
+    if "audio_filepath" in document:
+        yield recorded_task(document)
+        return
     if "messages" in document:
         wholes = [turn["content"] for turn in document["messages"] if turn["role"] == "user"]
     else:
@@ -368,6 +377,22 @@ def tasks(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) 
             answer = words
         question = text_part(TASKS[task]["ask"], False)
         yield {"parts": [heard, question, text_part(" " + answer, True)], "messages": None}
+
+
+def recorded_task(document: dict) -> dict:
+    """A recording with what is asked of it. Its words are known where it is transcribed.
+
+    >>> sample = recorded_task({"audio_filepath": "a.wav", "text": "angry", "task": "emotion"})
+    >>> [(part["role"], part["text"]) for part in sample["parts"]]
+    [('speech', ''), ('text', 'Emotion:'), ('text', ' angry')]
+    """
+    task = document.get("task", "transcribe")
+    words = document["text"] if task == "transcribe" else document.get("transcript", "")
+    ask = TASKS[task]["ask"] if task in TASKS else f"{task.capitalize()}:"
+    heard = {"role": "speech", "text": words, "loss": False, "voice": {"id": "recorded"},
+             "file": document["audio_filepath"]}
+    answer = text_part(" " + document["text"], True)
+    return {"parts": [heard, text_part(document.get("prompt", ask), False), answer], "messages": None}
 
 
 def plain_text(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) -> Iterator[dict]:
@@ -400,7 +425,34 @@ def chat(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) -
         yield splice_dialogue(turns, ranges, ("assistant",), voice_for)
 
 
-RECIPES = {"interleaved": interleaved, "tasks": tasks, "text": plain_text, "chat": chat}
+def continuation(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) -> Iterator[dict]:
+    """Behaviour alignment (BLSP, arXiv 2309.00916; the paper stacks it on top): what a model was given is
+    spoken, and what it wrote when it *read* that is the target; so it learns to do the same when it hears.
+
+    document: as `write=` of inserter.py makes them; "spoken" are the characters of the text, or of the first
+    user turn, that were given. Others give no sample.
+
+    >>> document = {"text": "tom has a ball. it is red.", "spoken": [0, 15]}
+    >>> sample, = continuation(document, {}, Random(0), lambda words: {"id": "f3"})
+    >>> [(part["role"], part["text"], part["loss"]) for part in sample["parts"]]
+    [('speech', 'tom has a ball.', False), ('text', ' it is red.', True)]
+    """
+    if "spoken" not in document:
+        return
+    given = [tuple(document["spoken"])]
+    if "text" in document:
+        end = given[0][1]
+        read = splice(document["text"][:end], given, False, voice_for)
+        yield {"parts": [*read, text_part(document["text"][end:], True)], "messages": None}
+    else:
+        turns = document["messages"]
+        first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
+        ranges = [given if i == first else [] for i in range(len(turns))]
+        yield splice_dialogue(turns, ranges, ("assistant",), voice_for)
+
+
+RECIPES = {"interleaved": interleaved, "tasks": tasks, "text": plain_text, "chat": chat,
+           "continuation": continuation}
 
 
 def parts_of(sample: dict) -> list[list[dict]]:
@@ -722,8 +774,17 @@ def load_engine(name: str) -> Callable:
 # URLs, mail addresses, markup, paths, code; and, by language, letters that the voice cannot read.
 UNSPEAKABLE = re.compile(r"https?:|www\.|\S@\S+\.\w|[{}<>\[\]\\|_^~`=#*]|\w/\w+/|\w\(\)|::|\s--\w|&\w+;"
                          r"|\w\.(com|org|net|py|txt|html?)\b", re.I)
-FOREIGN = {"en": re.compile("[^\\W\\d_A-Za-zÀ-ɏ]")}
-FOREIGN |= dict.fromkeys(("cmn", "zh", "yue", "hak"), re.compile("[^\\W\\d_A-Za-zÀ-ɏ㐀-鿿豈-﫿]"))
+FOREIGN = {"en": re.compile("[^\\W\\d_A-Za-zÀ-ɏ]"), "zh": re.compile("[^\\W\\d_A-Za-zÀ-ɏ㐀-鿿豈-﫿]")}
+
+
+def language(code: str) -> str:
+    """A code without its region; the Chinese ones, which share a script, are one.
+
+    >>> language("en-GB-scotland"), language("cmn"), language("yue")
+    ('en', 'zh', 'zh')
+    """
+    code = code.lower().split("-")[0]
+    return "zh" if code in ("cmn", "yue", "hak") else code
 
 
 def speakable(text: str, lang: str) -> bool:
@@ -732,12 +793,28 @@ def speakable(text: str, lang: str) -> bool:
     >>> [speakable(text, "en-us") for text in ("the ball is red", "see https://a.b", "球是红的")]
     [True, False, False]
     """
-    foreign = FOREIGN.get(lang.lower().split("-")[0], UNSPEAKABLE)     # others: nothing more to judge
+    foreign = FOREIGN.get(language(lang), UNSPEAKABLE)                 # others: nothing more to judge
     return bool(re.search(r"\w", text)) and not UNSPEAKABLE.search(text) and not foreign.search(text)
 
 
+def of_language(lang: str, chosen_from: list, settings: Settings) -> tuple[list, Settings]:
+    """What draws voices for a language: of a pool its voices, of espeak's accents those that speak it.
+
+    Where no accent speaks synth.lang itself, all do, for one may have left synth.lang as it was.
+    """
+    wanted = language(lang)
+    if isinstance(chosen_from[0], dict):
+        return [voice for voice in chosen_from if language(voice["lang"]) == wanted], settings
+    fit = [accent for accent in settings.accents if language(accent) == wanted]
+    if not fit and wanted == language(settings.lang):
+        fit = settings.accents
+    return chosen_from if fit else [], Settings(settings | {"accents": fit})
+
+
 def readable_voice(rng: Random, chosen_from: list, settings: Settings, words: str) -> dict | None:
-    """Draw a voice for these words; None where it cannot read them, so that they stay text."""
+    """Draw a voice for these words; None where there is none that can read them, so that they stay text."""
+    if not chosen_from:
+        return None
     voice = draw_voice(rng, chosen_from, settings)
     return voice if speakable(words, voice.get("lang", settings.lang)) else None
 
@@ -864,15 +941,17 @@ def lay_noise(parts: list[dict], settings: Settings, rng: np.random.Generator) -
         part["noise"] = f"{Path(kind).stem} {snr:.0f} dB"
 
 
-def gate(waveform: np.ndarray, text: str, limits: Settings) -> str | None:
+def gate(waveform: np.ndarray, text: str, limits: Settings, recorded: bool = False) -> str | None:
     """None if the clip ((n,) float32, 16 kHz) is fit to train on, else the reason. Limits: min_rms (of full
     scale), max_clipped (share of samples), chars_per_second [low, high], max_seconds.
+
+    recorded: by somebody: its words may be unknown, and people pause, so the pace is not judged
 
     Letters and digits count, a Chinese one as four (espeak says 3.4 of them a second where it says 16.4
     English letters). Three frames of 10 ms are the least that gives one audio position.
     """
     seconds = len(waveform) / RATE
-    if not seconds or not re.search(r"\w", text):
+    if not seconds or not (recorded or re.search(r"\w", text)):
         return "empty"
     if seconds < 0.03:
         return "too short"
@@ -883,11 +962,29 @@ def gate(waveform: np.ndarray, text: str, limits: Settings) -> str | None:
         return "silent"
     if np.count_nonzero(np.abs(waveform) >= 0.999) > limits.max_clipped * len(waveform):
         return "clipped"
+    if recorded:
+        return None
     pace = sum(4 if char >= "㐀" else 1 for char in text if char.isalnum()) / seconds
     low, high = limits.chars_per_second
     if pace > high:
         return "too fast"
     return "too slow" if pace < low else None
+
+
+def read_recorded(path: str, longest: float) -> tuple[np.ndarray, str | None]:
+    """A recording of any rate and container that soundfile reads: (samples,) float32 at 16 kHz, and why
+    there is none. Longer ones than `longest` seconds, endless ones too, are told by their head."""
+    nothing = np.zeros(0, np.float32)
+    if not os.path.isfile(path):
+        return nothing, "no such file"
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.frames > (longest + 1) * file.samplerate:
+                return nothing, "too long"
+            sound = file.read(dtype="float32", always_2d=True)
+            return to_16k([sound.mean(1)], file.samplerate)[0], None
+    except (soundfile.SoundFileError, OSError, ValueError):
+        return nothing, "unreadable"
 
 
 def to_int16(waveform: np.ndarray) -> np.ndarray:
@@ -1077,11 +1174,29 @@ def make_corpus(c: Settings) -> dict[str, int]:
             for left in folder.glob(".ready*"):             # by a killed process
                 shutil.rmtree(left, ignore_errors=True)
             write_whole(index, json.dumps(write_corpus(c, folder)).encode())
-        return json.loads(index.read_text())["shards"]
+        made = json.loads(index.read_text())
+        now = corpus_files(c)
+        then = made.get("files", now)
+        changed = sorted(path for path in now.keys() | then.keys() if now.get(path) != then.get(path))
+        demand(not now or not changed, f"The files of synth.corpus have changed since {folder} was made "
+                                       f"({', '.join(changed[:3])}); {OTHER_DATA}.")
+        return made["shards"]
+
+
+def corpus_files(c: Settings) -> dict[str, list[int]]:
+    """{path: [bytes, time of the last change]} of the corpus's files that are here; shards can do without."""
+    found = {}
+    for name in corpus_names(c):
+        if name != "tiny" and not name.startswith("hf:"):
+            for path in glob.glob(os.path.expanduser(name), recursive=True):
+                if os.path.isfile(path):
+                    found[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    return found
 
 
 def write_corpus(c: Settings, folder: Path) -> dict:
     """Write every corpus shard; documents that are empty after cleaning are counted and left out."""
+    files = corpus_files(c)
     waiting = {"train": [], "dev": [], "test": []}
     written = Counter()
     empty = 0
@@ -1103,7 +1218,7 @@ def write_corpus(c: Settings, folder: Path) -> dict:
             flush(split)
     if not written["train"]:
         raise UserError(f"synth.corpus={c.synth.corpus!r} holds no text; check the files.")
-    return {"shards": dict(written), "empty_documents": empty}
+    return {"shards": dict(written), "empty_documents": empty, "files": files}
 
 
 Split = Iterator[tuple[str | None, dict]]        # (train, dev or test; document); None for one that was empty
@@ -1111,12 +1226,16 @@ Split = Iterator[tuple[str | None, dict]]        # (train, dev or test; document
 
 def split_documents(c: Settings) -> Split:
     """The documents, cleaned, cut and split; those of several corpora mixed evenly, from first to last."""
-    corpora = [name.strip() for name in c.synth.corpus.split(",")]
+    corpora = corpus_names(c)
     if len(corpora) == 1:
         yield from split_corpus(c, corpora[0])
         return
     for _, split, document in heapq.merge(*(placed(c, name) for name in corpora), key=operator.itemgetter(0)):
         yield split, document
+
+
+def corpus_names(c: Settings) -> list[str]:
+    return [name.strip() for name in c.synth.corpus.split(",")]
 
 
 def placed(c: Settings, name: str) -> Iterator[tuple[float, str | None, dict]]:
@@ -1127,7 +1246,7 @@ def placed(c: Settings, name: str) -> Iterator[tuple[float, str | None, dict]]:
 
 
 def split_corpus(c: Settings, name: str) -> Split:
-    """The tiny world, whose documents know their splits, or the files of a glob."""
+    """The tiny world, whose documents know their splits, or the files of a glob or of a data set."""
     if name == "tiny":
         for split, count in (("train", c.synth.documents), ("dev", c.synth.held_out_documents)):
             for document in tiny_world(c.seed, split, count, c.synth.facts):
@@ -1173,15 +1292,14 @@ def split_file(c: Settings, path: str) -> Split:
     """The documents of a user's file, divided by hash."""
     for document in read_documents(path):
         if "messages" in document:
-            turns = document["messages"]
-            turns = [{"role": turn["role"], "content": clean(turn["content"])} for turn in turns]
-            document = {"messages": turns}
+            turns = [turn | {"content": clean(turn["content"])} for turn in document["messages"]]
+            document |= {"messages": turns}
         else:
-            document = {"text": clean(document["text"])}
+            document |= {"text": clean(document["text"])}
         if not any(texts_of(document)):
             yield None, document
             continue
-        share = hash_share("\n".join(texts_of(document)))
+        share = hash_share("\n".join([*texts_of(document), document.get("audio_filepath", "")]).strip())
         split = "train"
         if share < 2 * c.synth.held_out_share:
             split = "dev" if share < c.synth.held_out_share else "test"
@@ -1211,9 +1329,11 @@ def clean(text: str) -> str:
 
 def cut_document(document: dict, most: int) -> list[dict]:
     """Cut a document into pieces of at most `most` words: training leaves out what is longer than a pack."""
+    if "spoken" in document or "audio_filepath" in document:
+        return [document]                                   # what belongs together
     if "messages" in document:
-        return [{"messages": piece} for piece in cut_dialogue(document["messages"], most)]
-    return [{"text": piece} for piece in cut_text(document["text"], most)]
+        return [document | {"messages": piece} for piece in cut_dialogue(document["messages"], most)]
+    return [document | {"text": piece} for piece in cut_text(document["text"], most)]
 
 
 def cut_text(text: str, most: int) -> list[str]:
@@ -1269,19 +1389,41 @@ def cut_dialogue(turns: list[dict], most: int) -> list[list[dict]]:
 
 
 def corpus_paths(pattern: str) -> list[str]:
-    """The files of a glob."""
-    paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+    """The files of a glob, or of a data set of the hub: hf:NAME, or hf:NAME:GLOB for some of its files."""
+    found = pattern
+    if pattern.startswith("hf:"):
+        found = fetched(*pattern.split(":")[1:])
+    paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(found), recursive=True)))
     demand(bool(paths), f"synth.corpus: {pattern!r} matches no file; give a glob such as 'books/*.txt', "
                         "or tiny.")
     return paths
 
 
+def fetched(name: str, files: str = "") -> str:
+    """Fetch a data set's files, none of its code, into the hub's cache: a glob of them. Of several kinds that
+    say the same, parquet counts."""
+    import huggingface_hub
+    kinds = ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.txt"]
+    try:
+        folder = huggingface_hub.snapshot_download(name, repo_type="dataset",
+                                                   allow_patterns=[files] if files else kinds)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise UserError(f"synth.corpus=hf:{name} cannot be fetched ({said}); give files that are here by "
+                        "their glob.") from None
+    kind = next((kind for kind in kinds if any(Path(folder).rglob(kind))), kinds[0])
+    return f"{glob.escape(folder)}/{files or f'**/{kind}'}"
+
+
 def read_documents(path: str) -> Iterator[dict]:
-    """Stream documents from a *.txt file (blank lines between documents) or a *.jsonl[.gz] file."""
+    """Stream documents from a file: *.txt (blank lines between them), *.json[l][.gz] (lines) or *.parquet."""
+    if path.endswith(".parquet"):
+        yield from read_parquet(path)
+        return
     opener = gzip.open if path.endswith(".gz") else open
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
-            if path.endswith((".jsonl", ".jsonl.gz")):
+            if path.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):     # NeMo's manifests are *.json
                 yield from read_jsonl(file, path)
             else:
                 yield from read_paragraphs(file)
@@ -1300,23 +1442,71 @@ def read_jsonl(file: Iterable[str], path: str) -> Iterator[dict]:
         if not line.strip():
             continue
         try:
-            document = json.loads(line)
+            row = json.loads(line)
         except json.JSONDecodeError:
             raise UserError(f"{path} line {number} is not JSON; mend or remove the line.") from None
-        if not is_document(document):
-            raise UserError(f'{path} line {number} has neither "text" nor "messages" of the form [{{"role", '
-                            f'"content"}}], texts both, role one of {", ".join(ROLES)}; give it one of them.')
-        yield document
+        yield document_of(row, path, f"line {number}")
 
 
-def is_document(value: object) -> bool:
-    """Whether a line of a corpus file is {"text"}, or {"messages"} with texts and roles that we know."""
+def read_parquet(path: str) -> Iterator[dict]:
+    """Stream the rows of a parquet file; columns that no document has are not read."""
     try:
-        texts = texts_of(value)
-        roles = [turn["role"] for turn in value.get("messages", [])]
-    except (KeyError, TypeError):
-        return False
-    return all(isinstance(text, str) for text in texts) and all(role in ROLES for role in roles)
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError:
+        raise UserError(f"{path} needs the package pyarrow: pip install pyarrow.") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in file.schema_arrow.names if name in FIELDS]
+            number = 0
+            for batch in file.iter_batches(1000, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    row = {key: value for key, value in row.items() if value is not None}
+                    yield document_of(row, path, f"row {number}")
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({error}); mend or remove it.") from None
+
+
+# What a document may have, of texts, and beside them; a column of that name with other content is another's.
+NOTES = ("lang", "audio_filepath", "task", "prompt", "transcript")
+FIELDS = ("text", "messages", "conversations", "spoken", *NOTES)
+SPEAKERS = {"human": "user", "gpt": "assistant"}
+
+
+def document_of(row: object, path: str, where: str) -> dict:
+    """The document of a line or row, without what it does not need. UserError if there is none.
+
+    >>> document_of({"conversations": [{"from": "human", "value": "hi"}], "id": 7}, "a.jsonl", "line 1")
+    {'messages': [{'role': 'user', 'content': 'hi'}]}
+    """
+    try:
+        document = {key: row[key] for key in FIELDS
+                    if key in row and (key not in NOTES or isinstance(row[key], str))}
+        shared = document.pop("conversations", None)
+        if "messages" in document or shared is not None:
+            document.pop("text", None)
+            document["messages"] = [turn_of(turn) for turn in document.get("messages", shared)]
+        texts = texts_of(document)
+        fit = all(isinstance(text, str) for text in texts)
+        fit = fit and all(turn["role"] in ROLES for turn in document.get("messages", []))
+        if "spoken" in document:
+            start, end = document["spoken"]
+            said = [turn["content"] for turn in document.get("messages", []) if turn["role"] == "user"]
+            fit = fit and 0 <= start < end <= len((said or texts)[0])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        fit = False
+    if not fit:
+        raise UserError(f'{path} {where} has neither "text" nor "messages" of the form [{{"role", '
+                        f'"content"}}], texts both, role one of {", ".join(ROLES)}; give it one of them.')
+    if "audio_filepath" in document:
+        document["audio_filepath"] = os.path.join(os.path.dirname(path), document["audio_filepath"])
+    return document
+
+
+def turn_of(turn: dict) -> dict:
+    """A turn {"role", "content"}, or {"from", "value"} as ShareGPT has it."""
+    role = turn["role"] if "role" in turn else SPEAKERS.get(turn["from"], turn["from"])
+    return {"role": role, "content": turn["content"] if "content" in turn else turn["value"]}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1348,12 +1538,15 @@ def plan_samples(c: Settings, recipe: str, split: str, number: int, lines: list[
     chosen_from = candidates(split, settings, pool)
     first = number * 4 * settings.shard_documents           # `tasks` makes four samples of a document
     samples = []
-    for line in lines:
+    for document in map(json.loads, lines):
+        if "audio_filepath" in document and recipe != "tasks":
+            continue                                        # a recording is no text to be spoken
         rng = Random(f"{c.seed} {recipe} {split} {number} {len(samples)}")
-        draw = functools.partial(readable_voice, rng, chosen_from, settings)
-        for sample in RECIPES[recipe](json.loads(line), settings, rng, draw):
+        lang = document.get("lang", settings.lang)
+        draw = functools.partial(readable_voice, rng, *of_language(lang, chosen_from, settings))
+        for sample in RECIPES[recipe](document, settings, rng, draw):
             name = f"{recipe}-{split}-{first + len(samples):06d}"
-            samples.append({"id": name, "recipe": recipe, "lang": settings.lang} | sample)
+            samples.append({"id": name, "recipe": recipe, "lang": lang} | sample)
     return samples
 
 
@@ -1363,13 +1556,17 @@ def make_shard(c: Settings, key: Key) -> float:
     started = time.perf_counter()
     samples = plan_shard(c, *key)
     speak(samples, c, key)
-    counts = Counter(samples=len(samples))
+    counts = Counter()
     clips = {}
     for sample in samples:
         files = {}
+        recorded = any("file" in part for parts in parts_of(sample) for part in parts)
         for parts in parts_of(sample):
             parts[:] = finish_parts(parts, files, c.synth.gate, counts)
-        clips[sample["id"]] = files
+        if files or not recorded:                           # without its recording a sample says nothing
+            clips[sample["id"]] = files
+    samples = [sample for sample in samples if sample["id"] in clips]
+    counts["samples"] = len(samples)
     write_shard(shard_path(c, *key), samples, clips, {"counts": dict(sorted(counts.items()))})
     return time.perf_counter() - started
 
@@ -1381,12 +1578,17 @@ def speak(samples: list[dict], c: Settings, key: Key) -> None:
     spoken = [part for parts in lists for part in parts if part["role"] == "speech"]
     for first in range(0, len(spoken), CLIPS_AT_ONCE):
         batch = spoken[first:first + CLIPS_AT_ONCE]
-        texts = [part["text"] for part in batch]
-        voices = [part["voice"] for part in batch]
         seed = int(hash_share(f"{c.seed} {recipe} {split} {number} {first}") * 2 ** 31)
-        waveforms, rate = load_engine(c.synth.engine)(texts, voices, seed)
-        for part, waveform in zip(batch, to_16k(waveforms, rate)):
-            part["waveform"] = waveform
+        ours = [part for part in batch if "file" not in part]
+        if ours:
+            texts = [part["text"] for part in ours]
+            voices = [part["voice"] for part in ours]
+            waveforms, rate = load_engine(c.synth.engine)(texts, voices, seed)
+            for part, waveform in zip(ours, to_16k(waveforms, rate)):
+                part["waveform"] = waveform
+        for part in batch:
+            if "file" in part:
+                part["waveform"], part["unfit"] = read_recorded(part["file"], c.synth.gate.max_seconds)
         if c.synth.noise.share:
             lay_noise(batch, c.synth.noise, np.random.default_rng(seed))
 
@@ -1405,14 +1607,16 @@ def finish_parts(parts: list[dict], files: dict[str, bytes], limits: Settings, c
 
 
 def finish_speech(part: dict, files: dict[str, bytes], limits: Settings, counts: Counter) -> dict:
-    """Put a clip into the sample's files; one that fails the gate is counted, its part becomes text again."""
+    """Put a clip into the sample's files; one that fails the gate is counted, its part becomes text again (a
+    recording's sample is left out)."""
     text = part["text"]
     voice = part["voice"]
     waveform = part["waveform"]
-    reason = gate(waveform, text, limits)
+    reason = part.get("unfit") or gate(waveform, text, limits, "file" in part)
     if reason:
         counts[f"rejected: {reason}"] += 1
-        counts[f"rejected voice: {voice.get('timbre', voice['id'])}"] += 1
+        if "file" not in part:
+            counts[f"rejected voice: {voice.get('timbre', voice['id'])}"] += 1
         return text_part(text, part["loss"])
     name = f"{len(files):02d}.flac"
     files[name] = flac_bytes(to_int16(waveform))
@@ -1565,7 +1769,7 @@ def report(c: Settings, keys: list[Key], made: int, took: float) -> None:
         print(row.format(recipe, split, len(shards), n["samples"], hours, n["clips"], share))
     reasons = most_frequent(total, "rejected: ")
     voices = most_frequent(total, "rejected voice: ")
-    print(f"clips that failed the gate and became text again: {reasons or 'none'}" +
+    print(f"clips that failed the gate and became text again, or were left out: {reasons or 'none'}" +
           (f"; most often of {voices}" if voices else ""))
     if made:
         speed = total["audio samples"] / RATE / took

@@ -1,9 +1,9 @@
-"""What interleaving adds: three arms from one warm-up, equal in supervised tokens, with the same fine-tuning.
+"""What interleaving adds: arms from one warm-up, equal in supervised tokens, with the same fine-tuning.
 
     python tests/arms.py 1    all of seed 1 into results/arms-1.json: warm-up, each arm before and after SFT
     python tests/arms.py      table and figure results/arms.png from results/arms-*.json
 
-Each row of the table is one run; its command stands in the JSON. What is finished is not made again.
+Each row of the table is one run; its commands stand in the JSON. What is finished is not made again.
 """
 import json
 import subprocess
@@ -14,41 +14,66 @@ from typing import Any
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
-ARMS = {
-    "text only": "{text: 1.0}",
-    "ASR in place of interleaving": "{tasks: 0.7, text: 0.3}",
-    "InSerter": "{interleaved: 0.4, tasks: 0.3, text: 0.3}"}
-TICKS = ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter"]
 TOKENS = 350_000                             # supervised tokens of every arm, fewer than tiny's
+ALIGN = 100_000                              # of them, where continuation is stacked on top
+PAPER = "{interleaved: 0.4, tasks: 0.3, text: 0.3}"
+# An arm is a few runs, one on top of the other: (suffix, stage, mix, tokens, which data).
+ARMS = {
+    "text only": [("", "pretrain", "{text: 1.0}", TOKENS, "word")],
+    "ASR in place of interleaving": [("", "pretrain", "{tasks: 0.7, text: 0.3}", TOKENS, "word")],
+    "InSerter": [("", "pretrain", PAPER, TOKENS, "word")],
+    "InSerter, sentence level": [("", "pretrain", PAPER, TOKENS, "sentence")],
+    "continuation alone": [("", "align", "{continuation: 1.0}", TOKENS, "own")],
+    "InSerter + continuation": [
+        ("-below", "pretrain", PAPER, TOKENS - ALIGN, "word"),
+        ("", "align", "{continuation: 1.0}", ALIGN, "own")]}
+TICKS = ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter", "InSerter,\nsentence level",
+         "continuation\nalone", "InSerter +\ncontinuation"]
 SFT = [
     "train.stages.sft.steps=350",
     "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"]         # no arm interleaves
 FEW = ["bench.adjustment_rows=20", "bench.open_rows=20", "train.eval_samples=16"]     # not shown
-NO_PRETRAIN = "train.stages.pretrain.steps=0"
-NO_SFT = "train.stages.sft.steps=0"
+NOTHING = {stage: f"train.stages.{stage}.steps=0" for stage in ("pretrain", "align", "sft")}
+WRITING = ["writing.to=tiny", "writing.documents=12000", "writing.temperature=0", "writing.tokens=[40, 40]",
+           "bench.batch=256"]
 
 
 def run_name(seed: int, arm: str, suffix: str = "") -> str:
-    return f"arms-{seed}-{arm.split()[0].lower()}{suffix}"
+    short = arm.lower().replace(" + ", "-").replace(", ", "-").split()[0]
+    return f"arms-{seed}-{short}{suffix}"
 
 
-def commands(seed: int) -> dict[str, list[str]]:
-    """{run: arguments of inserter.py}, in the order in which they are run."""
-    common = list(FEW)
-    if seed > 1:
-        common += [f"seed={seed}", f"data=data/seed-{seed}"]
+def data_of(seed: int, kind: str) -> list[str]:
+    """Where an arm's data stands, and what it is made of: of the tiny world, or of what the warm-up wrote."""
+    folder = f"data/seed-{seed}" if seed > 1 else "data"
+    if kind == "word":
+        return [f"data={folder}"]
+    if kind == "sentence":
+        return [f"data={folder}-sentence", "synth.level=sentence", "synth.share=0.4"]
+    return [f"data={folder}-own", f"synth.corpus={folder}-own.jsonl", "synth.shards={continuation: 12}"]
+
+
+def commands(seed: int) -> dict[str, list[list[str]]]:
+    """{run: command lines that make it}, in the order in which they are run."""
+    common = [*FEW, f"seed={seed}"]
     warmup = run_name(seed, "warmup")
-    found = {warmup: [*common, NO_PRETRAIN, NO_SFT]}
-    for arm, mix in ARMS.items():
-        run = run_name(seed, arm)
-        found[run] = [
-            *common,
-            f"model.from=runs/{warmup}/model",
-            f"train.stages.pretrain.mix={mix}",
-            "train.stages.pretrain.steps=null",
-            f"train.stages.pretrain.tokens={TOKENS}",
-            NO_SFT]
-        found[f"{run}-sft"] = [*common, f"model.from=runs/{run}/model", NO_PRETRAIN, *SFT]
+    from_warmup = f"model.from=runs/{warmup}/model"
+    found = {warmup: [["inserter.py", f"run={warmup}", *common, *data_of(seed, "word"), *NOTHING.values()]]}
+    own = data_of(seed, "own")[1].partition("=")[2]
+    written = ["inserter.py", f"write={own}", *common, *data_of(seed, "word"), from_warmup, *WRITING]
+    for arm, below in ARMS.items():
+        lines = [written] if below[-1][-1] == "own" else []
+        start = from_warmup
+        for suffix, stage, mix, tokens, kind in below:
+            run = run_name(seed, arm, suffix)
+            others = [argument for name, argument in NOTHING.items() if name != stage]
+            lines.append(["inserter.py", f"run={run}", *common, *data_of(seed, kind), start, *others,
+                          f"train.stages.{stage}.mix={mix}", f"train.stages.{stage}.steps=null",
+                          f"train.stages.{stage}.tokens={tokens}"])
+            start = f"model.from=runs/{run}/model"
+        found[run] = lines
+        found[f"{run}-sft"] = [["inserter.py", f"run={run}-sft", *common, *data_of(seed, "word"), start,
+                                NOTHING["pretrain"], NOTHING["align"], *SFT]]
     return found
 
 
@@ -64,14 +89,17 @@ def figures(run: str) -> dict[str, list]:
 
 
 def measure(seed: int) -> None:
-    rows = {}
-    for run, arguments in commands(seed).items():
-        for script in ("inserter.py", "bench.py"):
-            subprocess.run([sys.executable, ROOT / script, f"run={run}", *arguments], check=True)
-        quoted = " ".join(f"'{argument}'" for argument in arguments)
-        rows[run] = {"command": f"python inserter.py run={run} {quoted}", **figures(run)}
-        results = json.dumps({"seed": seed, "runs": rows}, indent=1)
-        (ROOT / f"results/arms-{seed}.json").write_text(results + "\n")
+    path = ROOT / f"results/arms-{seed}.json"
+    rows = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    for run, lines in commands(seed).items():
+        spoken = ["python " + " ".join(f"'{part}'" if "{" in part or "[" in part else part for part in line)
+                  for line in lines]
+        if rows.get(run, {}).get("commands") == spoken:
+            continue
+        for line in [*lines, ["bench.py", f"run={run}", f"seed={seed}", *FEW, *data_of(seed, "word")]]:
+            subprocess.run([sys.executable, ROOT / line[0], *line[1:]], check=True)
+        rows[run] = {"commands": spoken, **figures(run)}
+        path.write_text(json.dumps({"seed": seed, "runs": rows}, indent=1) + "\n")
 
 
 def print_row(title: str, seed: int, row: dict[str, list]) -> None:
@@ -80,7 +108,7 @@ def print_row(title: str, seed: int, row: dict[str, list]) -> None:
         value, (low, high) = row[key]
         cells.append(f"{100 * value:5.1f} [{100 * low:.0f}, {100 * high:.0f}]")
     gap = 100 * (row["typed"][0] - row["spoken"][0])
-    print(f"{title:<42}{seed:>4}{cells[0]:>17}{cells[1]:>16}{cells[2]:>16}{gap:>7.1f}")
+    print(f"{title:<44}{seed:>4}{cells[0]:>17}{cells[1]:>16}{cells[2]:>16}{gap:>7.1f}")
 
 
 def draw_row(axis: Any, x: float, row: dict[str, list], labelled: bool) -> None:
@@ -105,7 +133,7 @@ def show_panel(axis: Any, suffix: str, title: str, seeds: list[dict]) -> None:
             print_row(f"{arm}, {title}" if i else arm, seed, row)
             draw_row(axis, i + 0.08 * (seed - 1.5), row, labelled=i == 1 and measured is seeds[0])
     first = 1 if suffix else 0
-    axis.set_xticks(range(first, 4), TICKS[first:])
+    axis.set_xticks(range(first, len(TICKS)), TICKS[first:], fontsize=7)
     axis.set(title=title, ylim=(0, 105))
     axis.grid(axis="y", color="0.9")
 
@@ -113,8 +141,8 @@ def show_panel(axis: Any, suffix: str, title: str, seeds: list[dict]) -> None:
 def show() -> None:
     """Print the table of all seeds and draw it."""
     seeds = [json.loads(path.read_text()) for path in sorted((ROOT / "results").glob("arms-*.json"))]
-    print(f"{'arm':<42}seed   {'WER':>14}{'typed':>16}{'spoken':>16}{'gap':>7}")
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    print(f"{'arm':<44}seed   {'WER':>14}{'typed':>16}{'spoken':>16}{'gap':>7}")
+    figure = Figure(figsize=(13, 4), layout="constrained")
     before, after = figure.subplots(1, 2, sharey=True)
     show_panel(before, "", "before SFT", seeds)
     show_panel(after, "-sft", "after SFT", seeds)

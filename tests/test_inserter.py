@@ -871,7 +871,9 @@ def test_the_model_cards_code_answers_as_we_do(c, tok, model, tmp_path, monkeypa
 def writer(c, tok, model, tmp_path):
     """Settings with which a loud random model, whose turns end by and by, writes."""
     ending = copy.deepcopy(model)
-    ending.language_model.lm_head.weight.data[tok.turn_end] *= 4
+    head = ending.language_model.lm_head.weight.data
+    head[tok.turn_end] *= 4
+    head[[i for i in range(len(head)) if i not in tok.stops and not synth.clean(tok.decode([i]))]] = 0    # control characters
     M.save_model(ending, tmp_path / "model")
     M.save_processor(model.config, tok, tmp_path / "model")
     base = Settings(c.model | {"from": str(tmp_path / "model")})
@@ -888,7 +890,7 @@ def test_an_llm_writes_dialogues_and_a_stopped_run_goes_on(writer, tmp_path):
     said = M.write(writer)
     whole = Path(writer.write).read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    assert 3 < len(rows) <= 12 and said.startswith(f"{len(rows)} dialogues of 12 tried")
+    assert 3 < len(rows) <= 12 and said.startswith(f"{len(rows)} documents of 12 tried")
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)
     again = Settings(writer | {"write": str(tmp_path / "again.jsonl"), "bench": Settings(writer.bench | {"batch": 5})})
     M.write(with_writing(again, documents=6))
@@ -917,11 +919,40 @@ def test_an_llm_answers_the_user_turns_of_a_corpus(writer, tok, tmp_path):
              for question in questions]
     (tmp_path / "asked.jsonl").write_text("".join(json.dumps(turn) + "\n" for turn in turns))
     M.write(with_writing(writer, to=str(tmp_path / "asked.jsonl"), temperature=0.0))
-    want = [(question, text.strip()) for question, (text, cut_off)
-            in zip(questions, M.answer(model, tok, questions, 300, 8)) if text.strip() and not cut_off]
+    want = [(question, synth.clean(text)) for question, (text, cut_off)
+            in zip(questions, M.answer(model, tok, questions, 300, 8)) if synth.clean(text) and not cut_off]
     assert want
     rows = [json.loads(line)["messages"] for line in Path(writer.write).read_text().splitlines()]
     assert [(row[0]["content"], row[1]["content"]) for row in rows] == want
+
+
+STORY = "has a ball. it is red. he puts it in the garden. anna sees it there."
+
+
+@pytest.mark.parametrize("ask", [None, "Go on in under 40 words:"])
+def test_an_llm_continues_the_texts_of_a_corpus(writer, tmp_path, ask):
+    """Openings end with a sentence and are marked as what is to be spoken; the corpus reads them back."""
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": f"tom{n} {STORY}"}) + "\n" for n in range(12)))
+    M.write(with_writing(writer, to=str(tmp_path / "stories.jsonl"), given=8, ask=ask))
+    documents = list(synth.read_documents(writer.write))
+    assert len(documents) > 3
+    seen = set()
+    for document in documents:
+        start, end = document["spoken"]
+        said = document["messages"][0]["content"] if ask else document["text"]
+        opening = said[start:end]
+        opening = re.sub(r"^tom\d+ ", "", opening)
+        assert opening in ("has a ball.", "has a ball. it is red.")
+        assert said[:start] == (f"{ask} " if ask else "")
+        seen.add(opening)
+        assert document["messages"][1]["content"] if ask else document["text"][end:].strip()
+    assert len(seen) > 1
+
+
+def test_a_model_that_writes_nothing(writer, tmp_path):
+    with pytest.raises(synth.UserError, match="None of 12 tries had words and an end"):
+        M.write(with_writing(writer, tokens=[1, 1]))
+    assert not Path(writer.write).read_text()
 
 
 def test_drawn_tokens_follow_softmax():
