@@ -2394,52 +2394,57 @@ def score_files(c: synth.Settings) -> None:
 def score_manifest(c: synth.Settings) -> None:
     """`manifest=FILE.jsonl`: ask the run about recordings, and score what it says by task and language.
 
-    Answers are kept in runs/<run>/manifest-<name>.jsonl as they come. A recording that cannot be read counts
-    as answered with nothing.
+    A recording that cannot be read, or is longer than 30 s, counts as answered with nothing.
     """
+    check_settings(c)
+    if inserter.rank_and_world()[1] > 1:
+        raise UserError("manifest= is asked by one process; start python bench.py without torchrun.")
     recordings = [row for row in synth.read_documents(c.manifest) if "audio_filepath" in row]
     if not recordings:
         raise UserError(f"{c.manifest} names no recording; each line has audio_filepath and text.")
-    model, tokenizer = inserter.load_run(c)
-    path = Path("runs") / c.run / f"manifest-{Path(c.manifest).stem}.jsonl"
-    asked = [[row["audio_filepath"], row["text"], row.get("prompt")] for row in recordings]
+    folder = Path("runs") / c.run / "recordings" / re.sub(r"[^\w.-]+", "-", c.manifest)
     settings = {"model": digest_of(Path("runs") / c.run / "model"), "max_tokens": c.bench.long_answers,
-                "recordings": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
+                "recordings": hashlib.sha256(json.dumps(recordings).encode()).hexdigest()}
     if c.fresh:
-        path.unlink(missing_ok=True)
-    synth.same_settings(path.with_suffix(".yaml"), settings, (), "ask anew with fresh=true", path.is_file())
-    done = len(synth.whole_lines(path))
-    with (open(path, "ab") as file,
-          tqdm(total=len(recordings), initial=done, desc="answers", disable=None) as bar):
-        for batch in inserter.batches(recordings[done:], c.bench.batch):
-            heard = [synth.read_recorded(row["audio_filepath"], inserter.LONGEST / RATE) for row in batch]
-            fit = [i for i, (clip, unfit) in enumerate(heard)
-                   if not unfit and inserter.audio_positions(len(clip))]
-            asks = [synth.recorded_task(batch[i])["parts"][1]["text"] for i in fit]
-            said = inserter.say_about(model, tokenizer, [heard[i][0] for i in fit], asks,
-                                      c.bench.long_answers, c.bench.batch)
-            answers = dict(zip(fit, said))
-            append(file, [row | {"seconds": len(heard[i][0]) / RATE, "response": answers.get(i),
-                                 "problem": heard[i][1]} for i, row in enumerate(batch)])
-            bar.update(len(batch))
-    rows = [json.loads(line) for line in synth.whole_lines(path)]
+        shutil.rmtree(folder, ignore_errors=True)
+    synth.same_settings(folder / "settings.yaml", settings, (), "ask anew with fresh=true")
     groups = collections.defaultdict(list)
-    for row in rows:
+    for row in ask_recordings(c, folder / "answers.jsonl", recordings):
         groups[row.get("task", "transcribe"), row.get("lang", c.synth.lang)].append(row)
+    measured = ("WER", "CER", "exact")
     results = []
-    for (task, lang), group in sorted(groups.items()):
-        found = figures(list(map(compared, group)), ("WER", "CER", "exact"), c.bench.bootstrap)
-        results.append({"task": task, "lang": lang, "count": len(group),
-                        "unreadable": sum(row["response"] is None for row in group),
-                        "hours": round(sum(row["seconds"] for row in group) / 3600, 4)} | found)
-    target = path.with_suffix(".results.json")
+    for (task, lang), rows in sorted(groups.items()):
+        found = figures(list(map(compared, rows)), measured, c.bench.bootstrap)
+        results.append({"task": task, "lang": lang, "count": len(rows),
+                        "unread": sum(row["response"] is None for row in rows),
+                        "hours": round(sum(row["seconds"] for row in rows) / 3600, 4)} | found)
+    target = folder / "results.json"
     synth.write_whole(target, json.dumps(settings | {"tasks": results}, indent=1).encode())
-    shown, measured = ("task", "lang", "count", "unreadable", "hours"), ("WER", "CER", "exact")
+    shown = ("task", "lang", "count", "unread", "hours")
     table = [[*shown, *(f"{name} %" for name in measured)]]
     for row in results:
         table.append([*(str(row[name]) for name in shown), *(percent(row, name) for name in measured)])
     print_aligned(table, left=2)
     print(f"{target} is written.")
+
+
+def ask_recordings(c: synth.Settings, path: Path, recordings: list[dict]) -> list[dict]:
+    """The recordings with the run's answers, kept in `path` as they come; a stopped run goes on."""
+    done = len(synth.whole_lines(path))
+    todo = recordings[done:]
+    model, tokenizer = inserter.load_run(c) if todo else (None, None)
+    with open(path, "ab") as file, tqdm(total=len(todo), desc="answers", disable=None) as bar:
+        for batch in inserter.batches(todo, c.bench.batch):
+            heard = [synth.read_recorded(row["audio_filepath"], inserter.LONGEST / RATE) for row in batch]
+            sound = [i for i, (clip, _) in enumerate(heard) if inserter.audio_positions(len(clip))]
+            asks = [synth.recorded_task(batch[i])["parts"][1]["text"] for i in sound]
+            clips = [heard[i][0] for i in sound]
+            said = inserter.say_about(model, tokenizer, clips, asks, c.bench.long_answers, c.bench.batch)
+            answers = dict(zip(sound, said))
+            append(file, [row | {"seconds": len(clip) / RATE, "response": answers.get(i), "problem": problem}
+                          for i, (row, (clip, problem)) in enumerate(zip(batch, heard))])
+            bar.update(len(batch))
+    return [json.loads(line) for line in synth.whole_lines(path)]
 
 
 def compared(row: dict) -> Counts:

@@ -254,7 +254,7 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
         put(tok.opening, False)
         put_parts(sample["parts"], in_dialogue=False)
         if not reply:
-            put([tok.end], True)
+            put([tok.end], not sample.get("endless"))
     else:
         messages = sample["messages"]
         markup = tok.markup(tuple(message["role"] for message in messages), reply)
@@ -274,7 +274,7 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
 def word_tokens(part: dict, tok: Tokenizer) -> list[int]:
     """The words of a speech part as tokens, in lower case, without punctuation: what a CTC stage asks for."""
     words = synth.WORD.findall(part["text"].lower())
-    return [i for word in words for i in tok(word if word >= "\u3400" else f" {word}")]
+    return [i for word in words for i in tok(word if "\u3400" <= word < "\ua000" else f" {word}")]
 
 
 def spaces_moved(parts: list[dict]) -> list[tuple[dict, str]]:
@@ -1867,7 +1867,11 @@ def write(c: Settings) -> str:
     if c.train.precision == "bfloat16":
         model.to(torch.bfloat16)            # half the time of float32; autocast would convert at every token
     opening = tok.markup(("user",), False)[0]
-    given = list(itertools.islice(openings(c), c.writing.documents)) if c.writing.to else None
+    given = None
+    if c.writing.to:
+        given = list(itertools.islice(openings(c), c.writing.documents))
+        synth.demand(bool(given), f"writing.to={c.writing.to} has no question to answer and no text of two "
+                                  "sentences to continue; give another corpus.")
     wanted = c.writing.documents if given is None else len(given)
     path = Path(c.write)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1888,7 +1892,7 @@ def write(c: Settings) -> str:
             if given is None:
                 asked = written("question", {number: opening for number in numbers}, c.writing.tokens[0])
                 documents = {number: question(synth.clean(text), 0) for number, text, endless in asked
-                             if text.strip() and not endless}
+                             if synth.count_words(synth.clean(text)) and not endless}
             else:
                 documents = {number: given[number] for number in numbers}
             prompts = {number: prompt_ids(document, tok) for number, document in documents.items()}
@@ -1908,7 +1912,7 @@ def openings(c: Settings) -> Iterator[dict]:
     """What a model is given of the training documents of writing.to, as documents without a reply."""
     corpus = Settings(c.synth | {"corpus": c.writing.to, "workers": 1})
     for number, (split, document) in enumerate(synth.split_documents(Settings(c | {"synth": corpus}))):
-        if split != "train":
+        if split != "train" or "audio_filepath" in document:
             continue
         lang = {"lang": document["lang"]} if "lang" in document else {}
         if "messages" in document:
@@ -1925,7 +1929,8 @@ def openings(c: Settings) -> Iterator[dict]:
         if c.writing.ask is None:
             yield {"text": text, "spoken": [0, len(text)]} | lang
         else:
-            yield question(f"{c.writing.ask} {text}", len(c.writing.ask) + 1) | lang
+            ask = synth.clean(c.writing.ask)
+            yield question(f"{ask} {text}", len(ask) + 1) | lang
 
 
 def question(text: str, start: int) -> dict:
@@ -1942,17 +1947,19 @@ def prompt_ids(document: dict, tok: Tokenizer) -> list[int]:
 def with_reply(document: dict, reply: str, endless: bool) -> dict | None:
     """A document with what the model wrote; None where that is nothing, or an answer without an end.
 
-    >>> with_reply({"text": "One.", "spoken": [0, 4]}, " Two. Three. Fou", endless=True)["text"]
-    'One. Two. Three.'
+    >>> with_reply({"text": "One.", "spoken": [0, 4]}, " Two. Three. Fou", endless=True)
+    {'text': 'One. Two. Three.', 'spoken': [0, 4], 'endless': True}
     """
     if "text" in document:
         whole = synth.sentences(reply)[:-1 if endless else None]
-        reply = synth.clean(reply[:whole[-1][1]]) if whole else ""
-        return document | {"text": f"{document['text']} {reply}"} if reply else None
-    reply = synth.clean(reply)
-    if endless or not reply:
+        written = synth.clean(reply[:whole[-1][1]]) if whole else ""
+        between = reply[:len(reply) - len(reply.lstrip())]             # white space, or none
+        cut_off = {"endless": True} if endless else {}
+        return document | {"text": document["text"] + between + written} | cut_off if written else None
+    written = synth.clean(reply)
+    if endless or not written:
         return None
-    return document | {"messages": [*document["messages"], {"role": "assistant", "content": reply}]}
+    return document | {"messages": [*document["messages"], {"role": "assistant", "content": written}]}
 
 
 def preview(c: Settings) -> Path:

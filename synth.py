@@ -23,6 +23,7 @@ A SAMPLE is what a shard holds and what inserter.py trains on, the same for ever
 
     parts      a document, in reading order: text, and speech with the words that it says
     messages   a dialogue in place of parts: [{"role": "user", "content": [parts]}, …], roles as in ROLES
+    endless    true where the text was cut off, so that its end is no target; else left out
     loss       whether the model learns to write this text, or only reads it; speech is never a target
     audio      the clip's file in the same shard: <id>.00.flac, 16 kHz mono, 16 bit
     voice      the voice's id, or "recorded"; `seconds` is the clip's length; `noise`, where there is some:
@@ -443,7 +444,8 @@ def continuation(document: dict, settings: Settings, rng: Random, voice_for: Voi
     if "text" in document:
         end = given[0][1]
         read = splice(document["text"][:end], given, False, voice_for)
-        yield {"parts": [*read, text_part(document["text"][end:], True)], "messages": None}
+        sample = {"parts": [*read, text_part(document["text"][end:], True)], "messages": None}
+        yield sample | ({"endless": True} if document.get("endless") else {})
     else:
         turns = document["messages"]
         first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
@@ -783,7 +785,7 @@ def language(code: str) -> str:
     >>> language("en-GB-scotland"), language("cmn"), language("yue")
     ('en', 'zh', 'zh')
     """
-    code = code.lower().split("-")[0]
+    code = re.split("[-_]", code.lower())[0]
     return "zh" if code in ("cmn", "yue", "hak") else code
 
 
@@ -797,16 +799,18 @@ def speakable(text: str, lang: str) -> bool:
     return bool(re.search(r"\w", text)) and not UNSPEAKABLE.search(text) and not foreign.search(text)
 
 
-def of_language(lang: str, chosen_from: list, settings: Settings) -> tuple[list, Settings]:
-    """What draws voices for a language: of a pool its voices, of espeak's accents those that speak it.
+def of_language(lang: str | None, chosen_from: list, settings: Settings) -> tuple[list, Settings]:
+    """What draws voices for a document in `lang`: of a pool those that speak it, of espeak's accents too.
 
-    Where no accent speaks synth.lang itself, all do, for one may have left synth.lang as it was.
+    lang: None where the document does not say; then it is synth.lang, and where no voice speaks that, all do,
+    for one may have left synth.lang as it was.
     """
-    wanted = language(lang)
+    wanted = language(lang or settings.lang)
     if isinstance(chosen_from[0], dict):
-        return [voice for voice in chosen_from if language(voice["lang"]) == wanted], settings
+        fit = [voice for voice in chosen_from if language(voice["lang"]) == wanted]
+        return fit if fit or lang else chosen_from, settings
     fit = [accent for accent in settings.accents if language(accent) == wanted]
-    if not fit and wanted == language(settings.lang):
+    if not fit and not lang:
         fit = settings.accents
     return chosen_from if fit else [], Settings(settings | {"accents": fit})
 
@@ -979,10 +983,10 @@ def read_recorded(path: str, longest: float) -> tuple[np.ndarray, str | None]:
         return nothing, "no such file"
     try:
         with soundfile.SoundFile(path) as file:
-            if file.frames > (longest + 1) * file.samplerate:
+            if file.frames > longest * file.samplerate:
                 return nothing, "too long"
             sound = file.read(dtype="float32", always_2d=True)
-            return to_16k([sound.mean(1)], file.samplerate)[0], None
+            return to_16k([sound.mean(1)], file.samplerate)[0][:int(longest * RATE)], None
     except (soundfile.SoundFileError, OSError, ValueError):
         return nothing, "unreadable"
 
@@ -1175,23 +1179,33 @@ def make_corpus(c: Settings) -> dict[str, int]:
                 shutil.rmtree(left, ignore_errors=True)
             write_whole(index, json.dumps(write_corpus(c, folder)).encode())
         made = json.loads(index.read_text())
-        now = corpus_files(c)
-        then = made.get("files", now)
-        changed = sorted(path for path in now.keys() | then.keys() if now.get(path) != then.get(path))
-        demand(not now or not changed, f"The files of synth.corpus have changed since {folder} was made "
-                                       f"({', '.join(changed[:3])}); {OTHER_DATA}.")
+        now, then = corpus_files(c), made.get("files", {})
+        changed = sorted(path for path in now.keys() | then.keys() if differ(now.get(path), then.get(path)))
+        demand(not (now and then and changed), f"The files of synth.corpus have changed since {folder} was "
+                                               f"made ({', '.join(changed[:3])}); {OTHER_DATA}.")
         return made["shards"]
 
 
-def corpus_files(c: Settings) -> dict[str, list[int]]:
-    """{path: [bytes, time of the last change]} of the corpus's files that are here; shards can do without."""
+def corpus_files(c: Settings) -> dict[str, list]:
+    """{path: [bytes, time of the last change, digest of beginning and end]} of the corpus's files that are
+    here: who has the shards can do without them. What we made ourselves under data and runs is none."""
+    ours = [os.path.abspath(folder) + os.sep for folder in (c.data, "runs")]
     found = {}
     for name in corpus_names(c):
         if name != "tiny" and not name.startswith("hf:"):
             for path in glob.glob(os.path.expanduser(name), recursive=True):
-                if os.path.isfile(path):
-                    found[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+                if os.path.isfile(path) and not os.path.abspath(path).startswith(tuple(ours)):
+                    with open(path, "rb") as file:
+                        head = file.read(2 ** 20)
+                        file.seek(max(0, os.path.getsize(path) - 2 ** 20))
+                        digest = hashlib.sha256(head + file.read()).hexdigest()
+                    found[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns, digest]
     return found
+
+
+def differ(one: list | None, other: list | None) -> bool:
+    """Whether a file has changed. A copy may have another time: then its beginning and end decide."""
+    return one is None or other is None or (one[:2] != other[:2] and one[::2] != other[::2])
 
 
 def write_corpus(c: Settings, folder: Path) -> dict:
@@ -1291,6 +1305,7 @@ def write_ready(c: Settings, path: str, ready: Path) -> None:
 def split_file(c: Settings, path: str) -> Split:
     """The documents of a user's file, divided by hash."""
     for document in read_documents(path):
+        before = texts_of(document)
         if "messages" in document:
             turns = [turn | {"content": clean(turn["content"])} for turn in document["messages"]]
             document |= {"messages": turns}
@@ -1299,12 +1314,22 @@ def split_file(c: Settings, path: str) -> Split:
         if not any(texts_of(document)):
             yield None, document
             continue
-        share = hash_share("\n".join([*texts_of(document), document.get("audio_filepath", "")]).strip())
+        if texts_of(document) != before:
+            document.pop("spoken", None)                    # it counts characters of what has changed
+        share = hash_share(telling(document))
         split = "train"
         if share < 2 * c.synth.held_out_share:
             split = "dev" if share < c.synth.held_out_share else "test"
         for piece in cut_document(document, c.synth.max_document):
             yield split, piece
+
+
+def telling(document: dict) -> str:
+    """The text whose hash says where a document belongs: of a recording its words, or else its name."""
+    if "audio_filepath" not in document:
+        return "\n".join(texts_of(document))
+    words = document["text"] if document.get("task", "transcribe") == "transcribe" else ""
+    return words or document.get("transcript") or os.path.basename(document["audio_filepath"])
 
 
 def texts_of(document: dict) -> list[str]:
@@ -1392,7 +1417,7 @@ def corpus_paths(pattern: str) -> list[str]:
     """The files of a glob, or of a data set of the hub: hf:NAME, or hf:NAME:GLOB for some of its files."""
     found = pattern
     if pattern.startswith("hf:"):
-        found = fetched(*pattern.split(":")[1:])
+        found = fetched(*pattern.split(":", 2)[1:])
     paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(found), recursive=True)))
     demand(bool(paths), f"synth.corpus: {pattern!r} matches no file; give a glob such as 'books/*.txt', "
                         "or tiny.")
@@ -1412,7 +1437,9 @@ def fetched(name: str, files: str = "") -> str:
         raise UserError(f"synth.corpus=hf:{name} cannot be fetched ({said}); give files that are here by "
                         "their glob.") from None
     kind = next((kind for kind in kinds if any(Path(folder).rglob(kind))), kinds[0])
-    return f"{glob.escape(folder)}/{files or f'**/{kind}'}"
+    if files:
+        kind = files.replace("*", "**/*", 1) if "/" not in files else files      # the hub's * crosses folders
+    return f"{glob.escape(folder)}/{kind if files else f'**/{kind}'}"
 
 
 def read_documents(path: str) -> Iterator[dict]:
@@ -1444,7 +1471,8 @@ def read_jsonl(file: Iterable[str], path: str) -> Iterator[dict]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            raise UserError(f"{path} line {number} is not JSON; mend or remove the line.") from None
+            raise UserError(f"{path} line {number} is not JSON, of which each line is one document; mend or "
+                            "remove the line.") from None
         yield document_of(row, path, f"line {number}")
 
 
@@ -1467,9 +1495,9 @@ def read_parquet(path: str) -> Iterator[dict]:
         raise UserError(f"{path} cannot be read as parquet ({error}); mend or remove it.") from None
 
 
-# What a document may have, of texts, and beside them; a column of that name with other content is another's.
-NOTES = ("lang", "audio_filepath", "task", "prompt", "transcript")
-FIELDS = ("text", "messages", "conversations", "spoken", *NOTES)
+# What a document may have, and what that is made of; what is not is somebody else's.
+FIELDS = {"text": object, "messages": object, "conversations": object, "spoken": list, "endless": bool}
+FIELDS |= dict.fromkeys(("lang", "audio_filepath", "task", "prompt", "transcript"), str)
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
@@ -1480,20 +1508,20 @@ def document_of(row: object, path: str, where: str) -> dict:
     {'messages': [{'role': 'user', 'content': 'hi'}]}
     """
     try:
-        document = {key: row[key] for key in FIELDS
-                    if key in row and (key not in NOTES or isinstance(row[key], str))}
+        document = {key: row[key] for key, kind in FIELDS.items()
+                    if key in row and isinstance(row[key], kind)}
         shared = document.pop("conversations", None)
         if "messages" in document or shared is not None:
             document.pop("text", None)
             document["messages"] = [turn_of(turn) for turn in document.get("messages", shared)]
-        texts = texts_of(document)
-        fit = all(isinstance(text, str) for text in texts)
+        fit = all(isinstance(text, str) for text in texts_of(document))
         fit = fit and all(turn["role"] in ROLES for turn in document.get("messages", []))
+        fit = fit and ("audio_filepath" not in document or "text" in document)
         if "spoken" in document:
-            start, end = document["spoken"]
+            start, end = map(operator.index, document["spoken"])
             said = [turn["content"] for turn in document.get("messages", []) if turn["role"] == "user"]
-            fit = fit and 0 <= start < end <= len((said or texts)[0])
-    except (AttributeError, KeyError, TypeError, ValueError):
+            fit = fit and 0 <= start < end <= len(said[0] if "messages" in document else document["text"])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         fit = False
     if not fit:
         raise UserError(f'{path} {where} has neither "text" nor "messages" of the form [{{"role", '
@@ -1542,11 +1570,11 @@ def plan_samples(c: Settings, recipe: str, split: str, number: int, lines: list[
         if "audio_filepath" in document and recipe != "tasks":
             continue                                        # a recording is no text to be spoken
         rng = Random(f"{c.seed} {recipe} {split} {number} {len(samples)}")
-        lang = document.get("lang", settings.lang)
+        lang = document.get("lang") or None
         draw = functools.partial(readable_voice, rng, *of_language(lang, chosen_from, settings))
         for sample in RECIPES[recipe](document, settings, rng, draw):
             name = f"{recipe}-{split}-{first + len(samples):06d}"
-            samples.append({"id": name, "recipe": recipe, "lang": lang} | sample)
+            samples.append({"id": name, "recipe": recipe, "lang": lang or settings.lang} | sample)
     return samples
 
 
@@ -1565,6 +1593,10 @@ def make_shard(c: Settings, key: Key) -> float:
             parts[:] = finish_parts(parts, files, c.synth.gate, counts)
         if files or not recorded:                           # without its recording a sample says nothing
             clips[sample["id"]] = files
+    lost = counts["rejected: no such file"]
+    if lost and lost == len(samples):
+        raise UserError(f"None of the {lost} recordings of a shard is there; start where the manifest was read, "
+                        "for audio_filepath is relative to it.")
     samples = [sample for sample in samples if sample["id"] in clips]
     counts["samples"] = len(samples)
     write_shard(shard_path(c, *key), samples, clips, {"counts": dict(sorted(counts.items()))})
@@ -1827,7 +1859,8 @@ def trial(c: Settings, recipe: str, lines: list[bytes]) -> Trial:
         return Trial(len(samples) / len(lines), 0, bytes_of_text / len(lines) / 1e9, 0)
     chosen = Random(c.seed).sample(spoken, min(50, len(spoken)))
     letters, letters_chosen = (sum(len(part["text"]) for part in parts) for parts in (spoken, chosen))
-    times = letters / letters_chosen / len(lines)           # from what is chosen to what a document has
+    ratio = letters / letters_chosen if letters_chosen else len(spoken) / len(chosen)
+    times = ratio / len(lines)                              # from what is chosen to what a document has
     load_engine(c.synth.engine)                             # loading it is not measured
     files: dict[str, bytes] = {}
     counts: Counter = Counter()
@@ -2159,14 +2192,23 @@ def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str,
     slip (a glob that matches nothing) can be put right.
     """
     if begun and path.is_file():
-        before = dotted(read_yaml(path.read_text("utf-8"), str(path)))
-        after = dotted(now)
+        before = dotted(without_idle(read_yaml(path.read_text("utf-8"), str(path))))
+        after = dotted(without_idle(now))
         differ = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
         free = tuple(f"{key}." for key in may_change)
         differ = [key for key in differ if not f"{key}.".startswith(free)]
         if differ:
             raise UserError(f"{path.parent} was made with other settings ({', '.join(differ)}); {remedy}.")
     write_whole(path, yaml.dump(now, Dumper=StrictDumper, sort_keys=False, allow_unicode=True).encode())
+
+
+def without_idle(settings: dict) -> dict:
+    """Settings without the stages of no steps: a stage that is new in config.yaml changes no run."""
+    match settings:
+        case {"train": {"stages": dict(stages)}}:
+            stages = {name: stage for name, stage in stages.items() if stage["steps"] != 0}
+            return settings | {"train": settings["train"] | {"stages": stages}}
+    return settings
 
 
 class StrictLoader(yaml.SafeLoader):

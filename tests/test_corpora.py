@@ -26,8 +26,8 @@ def write_lines(path, rows):
 
 
 def settings_of(tmp_path, corpus, *more):
-    return synth.load_config([*SMALL, f"data={tmp_path / 'data'}", f"synth.corpus={corpus}", "synth.held_out_share=0",
-                              ONE_SHARD, *more])
+    given = [*SMALL, f"data={tmp_path / 'data'}", f"synth.corpus={corpus}", "synth.held_out_share=0", ONE_SHARD, *more]
+    return synth.load_config(list({argument.partition("=")[0]: argument for argument in given}.values()))
 
 
 def made(c, recipe):
@@ -72,12 +72,18 @@ def test_chinese_segments_have_five_words_and_cut_no_latin_run(tmp_path):
     assert np.mean(shares) / synth.count_words(CHINESE) == pytest.approx(0.5, abs=0.02)
 
 
-def test_a_language_without_a_voice_stays_text(tmp_path):
-    write_lines(tmp_path / "a.jsonl", [{"text": CHINESE, "lang": "zh"}])
-    c = settings_of(tmp_path, tmp_path / "a.jsonl", "synth.share=1")
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_language_without_a_voice_stays_text(tmp_path, pool):
+    """One that a document says; where none speaks synth.lang, which one may have forgotten to set, all voices do."""
+    french = "le ballon rouge est dans le grand jardin de ma tante."
+    write_lines(tmp_path / "a.jsonl", [{"text": french, "lang": "fr"}, {"text": french}, {"text": french, "lang": ""}])
+    write_lines(tmp_path / "voices.jsonl", [{"id": "v", "timbre": "one", "lang": "de_DE"}])
+    voices = f"synth.voices={tmp_path / 'voices.jsonl'}" if pool else "synth.accents=[de]"
+    c = settings_of(tmp_path, tmp_path / "a.jsonl", "synth.share=1", voices)
     synth.make_corpus(c)
-    sample, = synth.plan_shard(c, "interleaved", "train", 0)
-    assert [part["role"] for part in sample["parts"]] == ["text"] and sample["parts"][0]["text"] == CHINESE
+    samples = synth.plan_shard(c, "interleaved", "train", 0)
+    assert [any(part["role"] == "speech" for part in sample["parts"]) for sample in samples] == [False, True, True]
+    assert [sample["lang"] for sample in samples] == ["fr", "en", "en"]
 
 
 def test_voices_of_a_file_speak_their_language(tmp_path):
@@ -95,7 +101,7 @@ def test_han_characters_are_single_words_for_ctc():
     class Spelled:
         def __call__(self, text):
             return [text]
-    assert inserter.word_tokens({"text": "It's 红色"}, Spelled()) == [" it's", "红", "色"]
+    assert inserter.word_tokens({"text": "It's 红色 한국어"}, Spelled()) == [" it's", "红", "色", " 한국어"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,7 +120,7 @@ def manifest(tmp_path):
     soundfile.write(folder / "stereo.wav", np.stack([sound(1, 44100)] * 2, 1), 44100)
     soundfile.write(folder / "phone.flac", sound(2, 8000), 8000)
     soundfile.write(folder / "book.ogg", sound(1.5, 24000), 24000)
-    soundfile.write(folder / "long.wav", sound(40, 8000), 8000)
+    soundfile.write(folder / "long.wav", sound(30.2, 8000), 8000)
     soundfile.write(folder / "silent.wav", np.zeros(16000), 16000)
     (folder / "empty.wav").write_bytes(b"")
     (folder / "broken.flac").write_bytes((folder / "phone.flac").read_bytes()[:40])
@@ -154,6 +160,30 @@ def test_a_manifest_becomes_tasks(manifest, tmp_path):
         assert made(c, recipe)[0] == []
 
 
+def test_recordings_that_are_all_elsewhere(manifest, tmp_path):
+    """A folder that is not mounted: no shard is finished without its clips."""
+    write_lines(manifest, [{"audio_filepath": f"{n}.wav", "text": "lost"} for n in range(3)])
+    c = settings_of(tmp_path, manifest, "synth.shards={tasks: 1}")
+    with pytest.raises(UserError, match="None of the 3 recordings of a shard is there"):
+        synth.make_shards(c)
+    assert not list((tmp_path / "data").rglob("*.tar"))
+
+
+def test_a_plan_with_recordings_whose_words_are_unknown(manifest, tmp_path, capsys):
+    write_lines(manifest, [{"audio_filepath": "stereo.wav", "text": "angry", "task": "emotion"}] * 3)
+    synth.plan(settings_of(tmp_path, manifest, "plan=true", "synth.shards={tasks: 1}"))
+    assert re.search(r"tasks\s+1\s+3\s+0\.00", capsys.readouterr().out)
+
+
+def test_a_sentence_that_many_say_is_in_one_split(tmp_path):
+    rows = [{"audio_filepath": f"{n}.wav", "text": "it is red"} for n in range(20)]
+    rows += [{"audio_filepath": f"{n}.wav", "text": "angry", "task": "emotion"} for n in range(20)]
+    write_lines(tmp_path / "a.jsonl", rows)
+    c = synth.load_config([f"data={tmp_path / 'data'}", "synth.held_out_share=0.25"])
+    splits = [split for split, _ in synth.split_corpus(c, str(tmp_path / "a.jsonl"))]
+    assert len(set(splits[:20])) == 1 and len(set(splits[20:])) == 3
+
+
 def test_a_ctc_stage_asks_for_no_unknown_words(manifest, tmp_path):
     """Of a recording whose words nobody wrote down it would learn that nothing was said."""
     documents = [inserter.Encoded("a", [1, 2], [2, -100], [np.ones(800, np.float32)], [[5, 6]]),
@@ -183,11 +213,22 @@ def test_continuations_speak_what_was_given(tmp_path):
     assert len(made(c, "text")[0]) == 3                                # an ordinary corpus for the others
 
 
-@pytest.mark.parametrize("spoken", [[3, 3], [-1, 4], [0, 99], [0], "all", 5])
-def test_spoken_is_a_range_of_characters(tmp_path, spoken):
-    write_lines(tmp_path / "own.jsonl", [{"text": "tom has a ball.", "spoken": spoken}])
+@pytest.mark.parametrize("row", [
+    *({"text": "tom has a ball.", "spoken": spoken} for spoken in ([3, 3], [-1, 4], [0, 99], [0], [0.0, 3.0])),
+    {"messages": [{"role": "assistant", "content": "hello"}], "spoken": [0, 5]}, {"audio_filepath": "a.wav"},
+    {"audio_filepath": "a.wav", "text": "a", "conversations": [{"from": "human", "value": "a"}]}])
+def test_lines_that_are_no_document(tmp_path, row):
+    write_lines(tmp_path / "own.jsonl", [row])
     with pytest.raises(UserError, match="own.jsonl line 1 has neither"):
         list(synth.read_documents(str(tmp_path / "own.jsonl")))
+
+
+def test_a_range_counts_no_characters_that_cleaning_changes(tmp_path):
+    rows = [{"text": "Tom &amp; Anna sit. They read.", "spoken": [0, 19]}, {"text": "it is red", "spoken": "all day"}]
+    write_lines(tmp_path / "own.jsonl", rows)
+    c = settings_of(tmp_path, tmp_path / "own.jsonl")
+    assert [document for _, document in synth.split_corpus(c, str(tmp_path / "own.jsonl"))] == [
+        {"text": "Tom & Anna sit. They read."}, {"text": "it is red"}]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,8 +307,7 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     with pytest.raises(UserError, match=r"have changed since .*corpus was made \(.*a.txt\)"):
         synth.make_shards(c)
-    path.write_text("It is red.\n\nIt is blue.\n")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    path.write_text("It is red.\n\nIt is blue.\n")                   # a copy with another time
     synth.make_shards(c)
     (tmp_path / "b.txt").write_text("It is new.\n")
     with pytest.raises(UserError, match="b.txt"):
@@ -275,6 +315,26 @@ def test_a_corpus_that_changed_is_noticed(tmp_path):
     for name in ("a.txt", "b.txt"):                                    # who has the shards can do without
         (tmp_path / name).unlink()
     synth.make_shards(c)
+
+
+def test_what_is_made_is_no_part_of_the_corpus(tmp_path, monkeypatch):
+    """A glob may cover the folder of what is made of it."""
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "a.jsonl", [{"text": "it is red."}])
+    (tmp_path / "runs").mkdir()
+    c = synth.load_config([*SMALL, "data=data", "synth.corpus=*.jsonl", "synth.held_out_share=0", ONE_SHARD])
+    synth.make_shards(c)
+    c["synth"]["corpus"] = "**/*.jsonl"
+    assert list(synth.corpus_files(c)) == ["a.jsonl"]
+
+
+def test_a_stage_that_is_new_changes_no_run(tmp_path):
+    stage = {"steps": 3, "lr": 0.1}
+    synth.same_settings(tmp_path / "s.yaml", {"train": {"stages": {"one": stage}}}, (), "mend")
+    more = {"one": stage, "new": stage | {"steps": 0}}
+    synth.same_settings(tmp_path / "s.yaml", {"train": {"stages": more}}, (), "mend")
+    with pytest.raises(UserError, match="train.stages.new.lr, train.stages.new.steps"):
+        synth.same_settings(tmp_path / "s.yaml", {"train": {"stages": more | {"new": stage}}}, (), "mend")
 
 
 def test_answers_about_recordings_are_compared_by_words_and_letters():
@@ -349,13 +409,18 @@ def test_chinese_and_recordings_through_synthesis_training_and_scoring(tmp_path)
     out = script("bench.py", tmp_path, *small, "prompts=aloud", "system=run:t")
     assert re.search(r"Chinese\s+typed", out) and re.search(r"Chinese\s+spoken", out)
     out = script("bench.py", tmp_path, *small, "manifest=dev.json")
-    found = json.loads((tmp_path / "runs/t/manifest-dev.results.json").read_text())["tasks"]
-    cells = [(row["task"], row["lang"], row["count"], row["unreadable"], row["exact"]) for row in found]
+    folder = tmp_path / "runs/t/recordings/dev.json"
+    found = json.loads((folder / "results.json").read_text())["tasks"]
+    cells = [(row["task"], row["lang"], row["count"], row["unread"], row["exact"]) for row in found]
     assert cells == [("speaker", "zh", 1, 0, 0.0), ("transcribe", "zh", 3, 1, 0.0)]
     assert all(0 < row["WER"] and row["interval"]["CER"] for row in found) and "transcribe" in out
-    answers = (tmp_path / "runs/t/manifest-dev.jsonl").read_bytes()
+    answers = (folder / "answers.jsonl").read_bytes()
+    (folder / "answers.jsonl").write_bytes(answers[:answers.index(b"\n") + 9])       # killed in the second line
     script("bench.py", tmp_path, *small, "manifest=dev.json")
-    assert (tmp_path / "runs/t/manifest-dev.jsonl").read_bytes() == answers
+    assert (folder / "answers.jsonl").read_bytes() == answers
+    write_lines(tmp_path / "dev.json", [rows[9] | {"task": "speed"}])
+    with pytest.raises(AssertionError, match="was made with other settings"):
+        script("bench.py", tmp_path, *small, "manifest=dev.json")
 
 
 def test_bad_manifests_of_the_benchmark(tmp_path):
