@@ -1725,7 +1725,7 @@ def open_chat(name: str, variable: str) -> Callable:
     client = openai.OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
 
     def struck(text: str) -> str:
-        return text.replace(key, "[key]") if key != "none" else text
+        return text.replace(key, "[key]") if len(key) >= 12 else text     # shorter ones (EMPTY) are no secret
 
     def chat(messages: list[dict], **options: Any) -> tuple[str, str]:
         try:

@@ -1595,7 +1595,7 @@ def make_shard(c: Settings, key: Key) -> float:
             clips[sample["id"]] = files
     lost = counts["rejected: no such file"]
     if lost and lost == len(samples):
-        raise UserError(f"None of the {lost} recordings of a shard is there; start where the manifest was read, "
+        raise UserError(f"None of the {lost} recordings of a shard is there; start where the manifest was, "
                         "for audio_filepath is relative to it.")
     samples = [sample for sample in samples if sample["id"] in clips]
     counts["samples"] = len(samples)
