@@ -1613,6 +1613,8 @@ def cascade_system(c: synth.Settings, name: str) -> System:
                 own = {"tokenizer": transformers.WhisperTokenizerFast.from_pretrained(asr)}
             options = {"dtype": c.bench.precision, "device": device}
             hear = transformers.pipeline("automatic-speech-recognition", asr, **options, **own)
+            if hear.type.startswith("seq2seq"):
+                hear.model.generation_config.max_length = None            # `limit` below is given in its place
             reply = transformers.pipeline("text-generation", llm, **options)
         reply.tokenizer.padding_side = "left"
         reply.tokenizer.pad_token = reply.tokenizer.pad_token or reply.tokenizer.eos_token
@@ -1622,8 +1624,8 @@ def cascade_system(c: synth.Settings, name: str) -> System:
                      if not isinstance(question, str) for clip in question]
             limit = {}
             if clips and hear.type.startswith("seq2seq"):     # or a word said over and over fills its window
-                longest = max(len(clip["raw"]) for clip in clips) / RATE
-                limit["generate_kwargs"] = {"max_new_tokens": round(10 + MOST_TOKENS * longest)}
+                most = round(10 + MOST_TOKENS * max(len(clip["raw"]) for clip in clips) / RATE)
+                limit["generate_kwargs"] = {"max_new_tokens": most, "num_beams": 1}   # else five beams
             heard = iter(hear(clips, batch_size=min(16, c.bench.batch), **limit) if clips else [])
             texts = [question if isinstance(question, str)
                      else " ".join(plain(next(heard)["text"]) for _ in question) for question in questions]

@@ -379,6 +379,7 @@ class Encoder(nn.Module):
         device = self.conv1.weight.device
         samples = [len(w) for w in waveforms]
         mel = log_mel(waveforms, self.config.num_mel_bins, device)                      # (sum of F, mels)
+        mel = mel.to(self.conv1.weight.dtype)         # a model that is bfloat16 itself, without autocast
         x = self.convolutions(mel, samples)                                             # (sum of L, d)
         lengths = torch.tensor([convolved(n) for n in samples])
         _, position = ragged(lengths)

@@ -430,6 +430,16 @@ def test_what_an_llm_has_and_we_lack_is_named(tmp_path, family, change, says):
         M.join_models(tmp_path / "w", tmp_path / "llm", [AUDIO, BOS, EOS], SPACE, 0)
 
 
+def test_a_model_that_is_bfloat16_itself_hears():
+    """As bench.precision makes it, without autocast: what float32 says, to bfloat16's two digits."""
+    ours = loud(M.random_model(config(), 1)).eval()
+    documents = [document([("text", 5), ("clip", 4000), ("text", 3)]), document([("clip", 32161), ("text", 2)], 9)]
+    want = torch.cat(logits(ours, documents))
+    found = torch.cat(logits(ours.to(torch.bfloat16), documents))
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - want).norm() < 0.05 * want.norm()
+
+
 REAL = os.environ.get("REAL_WEIGHTS")
 
 
