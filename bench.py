@@ -1641,7 +1641,8 @@ def cascade_system(c: synth.Settings, name: str) -> System:
             return replies
         return ask
 
-    return System({"asr": version_of(asr), "llm": version_of(llm)}, load)
+    about = {"asr": version_of(asr), "asr's max_tokens": f"10 and {MOST_TOKENS} a second"}
+    return System(about | {"llm": version_of(llm)}, load)
 
 
 def plain(heard: str) -> str:
