@@ -52,6 +52,7 @@ The way of the rows through this file, and the functions that take each step:
     python bench.py prompts=FOLDER system=hf:FOLDER                 ask any system the benchmark's own files
     python bench.py prompts=FOLDER judge=url:ADDRESS,MODEL          ... with a judge where no rule can score
     python bench.py make=FILE.jsonl prompts=FOLDER                  make such files: typed prompts, spoken
+    python bench.py manifest=FILE.jsonl                             ask the run about recordings
 
 Every figure is computed from answered rows alone, by the functions behind `score=`.
 """
@@ -77,7 +78,7 @@ import string
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -732,6 +733,19 @@ def estimate(counts: list[Count], resamples: int, digits: int = 6) -> tuple[floa
     return round(ratio, digits), middle(ratios)
 
 
+def compared(row: dict) -> Counts:
+    """How far an answer is from a recording's text, without case and punctuation.
+
+    >>> compared({"text": "It is red.", "response": "it is read"})
+    {'WER': (1, 3), 'CER': (1, 7), 'exact': (0, 1)}
+    """
+    wanted, said = (synth.WORD.findall((text or "").lower()) for text in (row["text"], row["response"]))
+    distance = torchaudio.functional.edit_distance
+    return {"WER": (distance(wanted, said), len(wanted)),
+            "CER": (distance("".join(wanted), "".join(said)), len("".join(wanted))),
+            "exact": (int(wanted == said), 1)}
+
+
 def column(counts: list[Counts], metric: str) -> list[Count]:
     return [each.get(metric, (0, 0)) for each in counts]
 
@@ -857,7 +871,7 @@ def group_figures(rows: list[dict], resamples: int, kind: Kind) -> dict:
     shown = kind.shown[rows[0]["suite"]]
     metrics = counts[0] if kind is OURS else [*shown, "coverage"]
     result = {"count": len(rows)} | figures(counts, metrics, resamples) | incomplete(rows)
-    if "heard" in rows[0]:                                      # what a cascade's first model made of it
+    if any("heard" in row for row in rows):                     # what a cascade's first model made of it
         heard = [compared({"text": row.get("spoken") or row["prompt"], "response": row["heard"]})["WER"]
                  for row in rows if "heard" in row]
         result["heard WER"] = estimate(heard, resamples)
@@ -1136,7 +1150,7 @@ def speak(c: synth.Settings, rows: list[dict], folder: Path) -> tuple[list[float
         for row in batch:
             pieces = [next(spoken) for _ in pieces_of(row)]
             waveform = np.concatenate(pieces)
-            if row["condition"] == "standard":
+            if row["condition"] == "standard" and len(clean) < BABBLE_CLIPS:
                 clean[row["item"]] = waveform
             if "noise" in row:
                 rng = np.random.default_rng([c.seed, len(seconds)])
@@ -1187,7 +1201,7 @@ def ask_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> list[dict]:
     if not todo:
         return read_rows(path)
     model, tokenizer = inserter.load_run(c)
-    with tqdm(total=len(todo), desc="answers", disable=None) as bar, open(path, "ab") as file:
+    with tqdm(total=len(todo), desc="answers", disable=None) as bar, open(path, "ab", 0) as file:
         for batch in batches(todo, c.bench.batch):
             if batch[0]["condition"] == NEAREST:
                 answered = nearest_answers(batch, turns)
@@ -1198,11 +1212,12 @@ def ask_rows(c: synth.Settings, folder: Path, rows: list[dict]) -> list[dict]:
     return read_rows(path)
 
 
-def append(file: BinaryIO, rows: list[dict]) -> None:
-    """Write rows so that a killed process has them."""
+def append(file: io.FileIO, rows: list[dict]) -> None:
+    """Write rows so that a killed process has them; the file has no buffer that closing it would write."""
+    data = memoryview(jsonl(rows))
     try:
-        file.write(jsonl(rows))
-        file.flush()
+        while data:
+            data = data[file.write(data):]
         os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{file.name} could not be written ({error.strerror}); make room and start again: "
@@ -1345,34 +1360,55 @@ def read_prompts(folder: Path, path: Path) -> list[dict]:
     if len(suites) != 1:
         raise UserError(f"The name of {path} must say closed, open or adjustment, one of them; rename it.")
     suite, = suites
-    conditions = [condition for condition in CONDITIONS if condition.split()[0] in name]
-    lang = "zh" if re.search("(?<![a-z])(cn|zh)(?![a-z])", name) else "en"
+    named = {"condition": condition_of(path.stem) or condition_of(name), "lang": "en"}
+    if re.search("(?<![a-z])(cn|zh|chinese)(?![a-z])", name.lower()):
+        named["lang"] = "zh"
+    if suite != "closed":
+        named["condition"] = named["condition"] or "standard"
     lines = read_parquet(path) if path.suffix == ".parquet" else path
     rows = []
     for number, row in enumerate(read_rows(lines, suite), 1):
         where = f"{path} line {number}"
-        own = {"condition": row.get("condition") or (conditions or ["standard"])[0],
-               "lang": LANGUAGE_CODES.get(str(row.get("lang") or row.get("language") or lang).lower()),
-               "suite": suite, "audio_path": None}
+        lang = str(row.get("lang") or row.get("language") or named["lang"])
+        own = {"condition": row.get("condition") or named["condition"], "suite": suite,
+               "lang": LANGUAGE_CODES.get(lang.lower()), "audio_path": None}
         if own["condition"] not in CONDITIONS or not own["lang"]:
-            raise UserError(f"{where}: a condition is one of {', '.join(CONDITIONS)}, a language of "
-                            f"{', '.join(LANGUAGE_CODES)}, not {own['condition']!r} and "
-                            f"{row.get('lang') or row.get('language')!r}.")
+            raise UserError(f"{where}: a condition, of the file's name or a field, is one of "
+                            f"{', '.join(CONDITIONS)}, a language of {', '.join(LANGUAGE_CODES)}, not "
+                            f"{own['condition']!r} and {lang!r}.")
         if row.get("suite", suite) != suite:
             raise UserError(f"{where} is of the suite {row['suite']!r}, its file's name of {suite}; move it.")
         if row.get("audio_path"):
-            own["audio_path"] = str((path.parent / str(row["audio_path"])).resolve())
-            if not Path(own["audio_path"]).is_relative_to(folder.resolve()):
-                raise UserError(f"{where}: audio_path {row['audio_path']!r} leaves the folder {folder}; copy "
-                                "the clip into it.")
+            own["audio_path"] = clip_of(folder, path, str(row["audio_path"]), where)
         if suite == "open":
             own["decomposed_questions"] = questions_of(row.get("decomposed_questions"), where)
         asked = [suite, own["lang"], row["prompt"], own.get("decomposed_questions"),
                  row.get("instruction_id_list"), row.get("kwargs")]
         own["item"] = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
         own |= {"key": f"{name}/{number}", "source": name, "source_key": row.get("key")}
-        rows.append({field: value for field, value in row.items() if field not in ANSWERED} | own)
+        kept = {field: value for field, value in row.items() if field not in ANSWERED
+                and isinstance(value, KINDS_OF_FIELDS.get(field, object))}
+        rows.append(kept | own)
+    clips = [Path(row["audio_path"]) for row in rows if row["audio_path"]]
+    if clips and not any(clip.is_file() for clip in clips):
+        raise UserError(f"None of the {len(clips)} clips of {path} is there ({clips[0]} for one); put them "
+                        "where audio_path says, from the file or from the folder on.")
     return rows
+
+
+def condition_of(name: str) -> str | None:
+    """The condition that a name says, by its first word; None where it says none, or several."""
+    found = [condition for condition in CONDITIONS if condition.split()[0] in name.lower()]
+    return found[0] if len(found) == 1 else None
+
+
+def clip_of(folder: Path, path: Path, name: str, where: str) -> str:
+    """Where a row's clip lies: `name` counts from its file, or, where nothing is there, from the folder."""
+    found = [base / name for base in (path.parent, folder)]
+    clip = next((clip for clip in found if clip.is_file()), found[0]).resolve()
+    if not clip.is_relative_to(folder.resolve()):
+        raise UserError(f"{where}: audio_path {name!r} leaves the folder {folder}; copy the clip into it.")
+    return str(clip)
 
 
 def questions_of(value: object, where: str) -> list[str]:
@@ -1388,25 +1424,29 @@ def questions_of(value: object, where: str) -> list[str]:
 def read_parquet(path: Path) -> Path:
     """Unpack a parquet file once, beside itself: a JSONL file in .unpacked/, its column `audio` as clips."""
     try:
-        from pyarrow import parquet
+        from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
         raise UserError(f"{path} needs the package pyarrow: pip install pyarrow.") from None
     folder = path.parent / ".unpacked"
-    folder.mkdir(exist_ok=True)
     target = folder / f"{path.stem}.jsonl"
     if target.is_file() and target.stat().st_mtime > path.stat().st_mtime:
         return target
     rows = []
-    for number, row in enumerate(parquet.read_table(path).to_pylist()):
-        audio = row.pop("audio", None)
-        if isinstance(audio, dict) and audio.get("bytes"):
-            name = f"{path.stem}-{number:05d}{Path(audio.get('path') or '.wav').suffix}"
-            synth.write_whole(folder / name, audio["bytes"])
-            row["audio_path"] = f".unpacked/{name}"
-        for name in {"instruction_id_list", "kwargs"} & row.keys():               # as lists, or as JSON
-            with contextlib.suppress(ValueError, TypeError):
-                row[name] = json.loads(row[name])
-        rows.append({name: value for name, value in row.items() if value is not None})
+    try:
+        with parquet.ParquetFile(path) as file:
+            found = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(100))
+            for number, row in enumerate(found):
+                audio = row.pop("audio", None)
+                if isinstance(audio, dict) and audio.get("bytes"):
+                    suffix = Path(audio.get("path") or "clip.wav").suffix
+                    row["audio_path"] = f".unpacked/{path.stem}-{number:05d}{suffix}"
+                    synth.write_whole(path.parent / row["audio_path"], audio["bytes"])
+                for name in {"instruction_id_list", "kwargs"} & row.keys():       # as lists, or as JSON
+                    with contextlib.suppress(ValueError, TypeError):
+                        row[name] = json.loads(row[name])
+                rows.append({name: value for name, value in row.items() if value is not None})
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({error}); mend or remove it.") from None
     synth.write_whole(target, jsonl(rows))
     return target
 
@@ -1416,6 +1456,7 @@ def make(c: synth.Settings) -> str:
 
     -> what was made, in a sentence
     """
+    check_settings(c)
     source = Path(c.make)
     folder = Path(c.prompts or f"{source.stem}-aloud")
     if folder.exists():
@@ -1539,9 +1580,14 @@ def open_system(c: synth.Settings) -> System:
                         "url:ADDRESS,MODEL.")
     system = SYSTEMS[kind](c, name)
     system.about = {"system": f"{kind}:{name}", "decoding": "greedy", "max_tokens": c.bench.long_answers,
-                    "request": c.bench.request, "precision": c.bench.precision,
+                    "request": c.bench.request, "precision": c.bench.precision, "batch": c.bench.batch,
+                    "device": device_name(),
                     "transformers": transformers.__version__} | system.about
     return system
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def run_system(c: synth.Settings, name: str) -> System:
@@ -1568,6 +1614,7 @@ def hf_system(c: synth.Settings, name: str) -> System:
             kinds = (transformers.AutoModelForMultimodalLM, transformers.AutoModelForSeq2SeqLM)
             kind = next((each for each in kinds if type(config) in each._model_mapping), kinds[0])
             model = kind.from_pretrained(name, dtype=c.bench.precision).eval().to(inserter.device_here())
+        demand_template(processor, name)
         processor.tokenizer.padding_side = "left"
 
         @torch.inference_mode()
@@ -1614,21 +1661,17 @@ def cascade_system(c: synth.Settings, name: str) -> System:
             options = {"dtype": c.bench.precision, "device": device}
             hear = transformers.pipeline("automatic-speech-recognition", asr, **options, **own)
             if hear.type.startswith("seq2seq"):
-                hear.model.generation_config.max_length = None            # `limit` below is given in its place
+                begin_as_whisper(hear.model, hear.tokenizer)
             reply = transformers.pipeline("text-generation", llm, **options)
+        demand_template(reply.tokenizer, llm)
         reply.tokenizer.padding_side = "left"
         reply.tokenizer.pad_token = reply.tokenizer.pad_token or reply.tokenizer.eos_token
 
         def ask(questions: list[inserter.Question]) -> list[Reply]:
-            clips = [{"raw": clip, "sampling_rate": RATE} for question in questions
-                     if not isinstance(question, str) for clip in question]
-            limit = {}
-            if clips and hear.type.startswith("seq2seq"):     # or a word said over and over fills its window
-                most = round(10 + MOST_TOKENS * max(len(clip["raw"]) for clip in clips) / RATE)
-                limit["generate_kwargs"] = {"max_new_tokens": most, "num_beams": 1}   # else five beams
-            heard = iter(hear(clips, batch_size=min(16, c.bench.batch), **limit) if clips else [])
+            clips = [clip for question in questions if not isinstance(question, str) for clip in question]
+            heard = iter(transcripts(hear, clips, min(16, c.bench.batch)))
             texts = [question if isinstance(question, str)
-                     else " ".join(plain(next(heard)["text"]) for _ in question) for question in questions]
+                     else " ".join(next(heard) for _ in question) for question in questions]
             turns = [[{"role": "user", "content": text}] for text in texts]
             made = reply(turns, max_new_tokens=c.bench.long_answers, do_sample=False, batch_size=len(turns),
                          return_full_text=False)
@@ -1641,8 +1684,40 @@ def cascade_system(c: synth.Settings, name: str) -> System:
             return replies
         return ask
 
-    about = {"asr": version_of(asr), "asr's max_tokens": f"10 and {MOST_TOKENS} a second"}
+    about = {"asr": version_of(asr), "asr's max_tokens": f"10, and {5 * MOST_TOKENS} for every 5 s"}
     return System(about | {"llm": version_of(llm)}, load)
+
+
+def transcripts(hear: transformers.Pipeline, clips: list[np.ndarray], batch: int) -> list[str]:
+    """What a pipeline hears. Where words are generated, a clip's seconds say how many: else one that is said
+    over and over would fill Whisper's window."""
+    if not hear.type.startswith("seq2seq"):
+        return [plain(each["text"]) for each in hear([inputs(clip) for clip in clips], batch_size=batch)]
+    texts = {}
+    by_length = collections.defaultdict(list)
+    for i, clip in enumerate(clips):
+        by_length[math.ceil(len(clip) / RATE / 5)].append(i)
+    for fives, own in by_length.items():
+        limit = {"max_new_tokens": 10 + 5 * MOST_TOKENS * fives, "num_beams": 1}      # the pipeline's are 5
+        heard = hear([inputs(clips[i]) for i in own], batch_size=batch, generate_kwargs=limit)
+        texts |= {i: plain(each["text"]) for i, each in zip(own, heard)}
+    return [texts[i] for i in range(len(clips))]
+
+
+def inputs(clip: np.ndarray) -> dict:
+    return {"raw": clip, "sampling_rate": RATE}
+
+
+def begin_as_whisper(model: transformers.PreTrainedModel, tokenizer: Any) -> None:
+    """Let an English Whisper write words from the start. A folder that was converted may lack Whisper's own
+    generation_config.json; then it begins as it likes, at times with <|nocaptions|>, and hears nothing."""
+    config = model.generation_config
+    config.max_length = None                 # each call says how long it may go on
+    marks = tokenizer.convert_tokens_to_ids(["<|notimestamps|>", "<|nocaptions|>"])
+    english = getattr(model.config, "vocab_size", None) == ENGLISH_WHISPER
+    if english and getattr(config, "no_timestamps_token_id", None) is None:
+        config.no_timestamps_token_id, config.suppress_tokens = marks[0], marks[1:]
+        config.is_multilingual = False
 
 
 def plain(heard: str) -> str:
@@ -1666,7 +1741,7 @@ def url_system(c: synth.Settings, name: str) -> System:
                 content = contents(question, c.bench.request, wav_part)
             turn = {"role": "user", "content": content}
             text, why = chat([turn], max_tokens=c.bench.long_answers, temperature=0)
-            problem = {"problem": "the server sent no completion"} if text is None else {}
+            problem = {"problem": f"the server sent no completion ({why})"} if text is None else {}
             replies.append({"response": text, "truncated": why == "length"} | problem)
         return replies
 
@@ -1688,14 +1763,22 @@ def checkpoint_errors(name: str) -> Iterator[None]:
     """What transformers says of a checkpoint that it cannot open, as one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        said = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, ImportError, inserter.SafetensorError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name} does not open in transformers: {said}") from None
 
 
+def demand_template(owner: Any, name: str) -> None:
+    if not owner.chat_template:
+        raise UserError(f"{name} has no chat template by which it could be asked; take one that has.")
+
+
 def version_of(name: str) -> str:
-    """A folder's digest, or a hub name, whose revision is what is in the cache."""
-    return digest_of(Path(name)) if Path(name).is_dir() else name
+    """A folder's digest, or a hub name's revision."""
+    if Path(name).is_dir():
+        return digest_of(Path(name))
+    with checkpoint_errors(name):
+        return f"{name} at {transformers.AutoConfig.from_pretrained(name)._commit_hash}"
 
 
 def digest_of(folder: Path) -> str:
@@ -1706,7 +1789,8 @@ def digest_of(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.is_file():
-            digest.update(path.read_bytes())
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 
@@ -1726,18 +1810,23 @@ def open_chat(name: str, variable: str) -> Callable:
                         f"does not belong there, where it is written down, but into {variable}.")
     key = os.environ.get(variable) or "none"
     client = openai.OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
+    served = []                        # a server that has answered refuses a request for what it asks
 
     def struck(text: str) -> str:
-        return text.replace(key, "[key]") if len(key) >= 12 else text     # shorter ones (EMPTY) are no secret
+        text = text.encode("utf-8", "replace").decode()              # half a surrogate pair is no text
+        return text.replace(key, "[key]") if len(key) >= 8 else text      # shorter ones (EMPTY) are no secret
 
     def chat(messages: list[dict], **options: Any) -> tuple[str, str]:
         try:
             choice = client.chat.completions.create(model=model, messages=messages, **options).choices[0]
+            served[:] = [True]
             return struck(choice.message.content or "")[:LONGEST_REPLY], choice.finish_reason
         except openai.APIConnectionError:
             raise UserError(f"{address} does not answer; start the server, or correct the address. What is "
                             "answered so far is kept.") from None
         except openai.APIStatusError as error:
+            if served and error.status_code in REFUSED:
+                return None, f"status {error.status_code}"
             hint = HINTS.get(error.status_code, "see the server's log").format(variable)
             said = " ".join(struck(error.message).split())[:200]
             raise UserError(f"{address} refuses with status {error.status_code} ({said}); {hint}. What is "
@@ -1759,7 +1848,7 @@ def ask_system(c: synth.Settings, folder: Path, rows: list[dict], system: System
     if todo:
         answers = functools.partial(answers_of, system.load())
         batches_of = list(inserter.batches(todo, 1 if system.at_once else c.bench.batch))
-        with tqdm(total=len(todo), desc="answers", disable=None) as bar, open(path, "ab") as file:
+        with tqdm(total=len(todo), desc="answers", disable=None) as bar, open(path, "ab", 0) as file:
             for answered in as_done(answers, batches_of, system.at_once):
                 append(file, answered)
                 bar.update(len(answered))
@@ -1853,11 +1942,12 @@ def open_judge(c: synth.Settings) -> Judge:
         with checkpoint_errors(name):
             reply = transformers.pipeline("text-generation", name, dtype=c.bench.precision,
                                           device=inserter.device_here())
+        demand_template(reply.tokenizer, name)
 
         def ask(text: str, seed: int) -> str:
             torch.manual_seed(seed)
             made = reply(judge_turns(text), max_new_tokens=1024, do_sample=True, return_full_text=False,
-                         **drawn)
+                         top_k=0, **drawn)
             return made[0]["generated_text"]
         return ask
 
@@ -1880,12 +1970,14 @@ def judge_text(row: dict) -> str:
 
 
 def quoted(text: str) -> str:
-    """A text as JSON on one line, line separators beyond ASCII's escaped too.
+    """A text as JSON on one line, line separators beyond ASCII's escaped too, and what begins a mark by which
+    a chat template ends the user's turn: <|im_end|>, </s>, [/INST].
 
-    >>> print(quoted("tea\\n\\u2028"))
-    "tea\\n\\u2028"
+    >>> print(quoted("tea\\n\\u2028<b> [/INST] [tea]"))
+    "tea\\n\\u2028\\u003cb> \\u005b/INST] [tea]"
     """
-    data = json.dumps(text, ensure_ascii=False)
+    data = json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
+    data = re.sub(r"\[(?=/?[A-Z_]{3,}\])", r"\\u005b", data)
     return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in data)
 
 
@@ -1893,6 +1985,7 @@ def judge_rows(c: synth.Settings, folder: Path, rows: list[dict], judge: Judge) 
     """The rows, where their suite needs one with the judge's votes as pred_score."""
     path = folder / "votes.jsonl"
     votes = {vote["of"]: vote["vote"] for vote in map(json.loads, synth.whole_lines(path))}
+    about = {name: value for name, value in judge.about.items() if name != "votes"}
     asked = {}                         # digest -> (text, seed)
     of_row = {}
     for row in rows:
@@ -1900,13 +1993,13 @@ def judge_rows(c: synth.Settings, folder: Path, rows: list[dict], judge: Judge) 
             text = judge_text(row)
             own = []
             for number in range(c.bench.votes):
-                own.append(hashlib.sha256(json.dumps([judge.about, text, number]).encode()).hexdigest())
+                own.append(hashlib.sha256(json.dumps([about, text, number]).encode()).hexdigest())
                 asked[own[-1]] = text, number
             of_row[row["key"]] = own
     todo = [digest for digest in asked if digest not in votes]
     if todo:
         vote = judge.load()
-        with tqdm(total=len(todo), desc="votes", disable=None) as bar, open(path, "ab") as file:
+        with tqdm(total=len(todo), desc="votes", disable=None) as bar, open(path, "ab", 0) as file:
             def vote_on(digest: str) -> dict:
                 return {"of": digest, "vote": without_fence(vote(*asked[digest]))}
 
@@ -1917,8 +2010,9 @@ def judge_rows(c: synth.Settings, folder: Path, rows: list[dict], judge: Judge) 
     judged = []
     for row in rows:
         if row["key"] in of_row:
-            cast = [parsed(votes[digest]) for digest in of_row[row["key"]]]
-            row = row | {"pred_score": [vote if isinstance(vote, list | dict) else None for vote in cast]}
+            cast = [votes[digest] for digest in of_row[row["key"]]]
+            told = [vote if isinstance(parsed(vote), list | dict) else None for vote in cast]
+            row = row | {"pred_score": told}
         judged.append(row)
     return judged
 
@@ -1934,7 +2028,77 @@ def without_fence(text: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Table and page
+# 10. Recordings: the run's speech tasks
+#
+# manifest=FILE asks a run what training asked of recordings (synth.py's recipe `tasks`), and compares what it
+# says with what was to be said.
+# --------------------------------------------------------------------------------------------------
+
+def score_manifest(c: synth.Settings) -> None:
+    """`manifest=FILE.jsonl`: ask the run about recordings, and score what it says by task and language.
+
+    A recording that cannot be read, or is longer than 30 s, counts as answered with nothing.
+    """
+    check_settings(c)
+    if inserter.rank_and_world()[1] > 1:
+        raise UserError("manifest= is asked by one process; start python bench.py without torchrun.")
+    recordings = [row for row in synth.read_documents(c.manifest) if "audio_filepath" in row]
+    if not recordings:
+        raise UserError(f"{c.manifest} names no recording; each line has audio_filepath and text.")
+    folder = Path("runs") / c.run / "recordings" / re.sub(r"[^\w.-]+", "-", c.manifest)
+    settings = {"model": digest_of(Path("runs") / c.run / "model"), "max_tokens": c.bench.long_answers,
+                "recordings": hashlib.sha256(json.dumps(recordings).encode()).hexdigest()}
+    if c.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    synth.same_settings(folder / "settings.yaml", settings, (), "ask anew with fresh=true")
+    groups = collections.defaultdict(list)
+    for row in ask_recordings(c, folder / "answers.jsonl", recordings):
+        groups[row.get("task", "transcribe"), row.get("lang", c.synth.lang)].append(row)
+    measured = ("WER", "CER", "exact")
+    results = []
+    for (task, lang), rows in sorted(groups.items()):
+        found = figures(list(map(compared, rows)), measured, c.bench.bootstrap)
+        results.append({"task": task, "lang": lang, "count": len(rows),
+                        "unread": sum(row["response"] is None for row in rows),
+                        "hours": round(sum(row["seconds"] for row in rows) / 3600, 4)} | found)
+    target = folder / "results.json"
+    synth.write_whole(target, json.dumps(settings | {"tasks": results}, indent=1).encode())
+    shown = ("task", "lang", "count", "unread", "hours")
+    table = [[*shown, *(f"{name} %" for name in measured)]]
+    for row in results:
+        table.append([*(str(row[name]) for name in shown), *(percent(row, name) for name in measured)])
+    print_aligned(table, left=2)
+    print(f"{target} is written.")
+
+
+def ask_recordings(c: synth.Settings, path: Path, recordings: list[dict]) -> list[dict]:
+    """The recordings with the run's answers, kept in `path` as they come: a stopped run goes on. Those that
+    cannot be read are tried again the next time."""
+    done = {row["number"]: row for row in map(json.loads, synth.whole_lines(path))}
+    todo = [number for number in range(len(recordings)) if number not in done]
+    model, tokenizer = inserter.load_run(c) if todo else (None, None)
+    with open(path, "ab", 0) as file, tqdm(total=len(todo), desc="answers", disable=None) as bar:
+        for batch in inserter.batches(todo, c.bench.batch):
+            clips, asks = {}, {}
+            for number in batch:
+                row = recordings[number]
+                clip, _ = synth.read_recorded(row["audio_filepath"], inserter.LONGEST / RATE)
+                if inserter.audio_positions(len(clip)):
+                    clips[number] = clip
+                    asks[number] = synth.recorded_task(row)["parts"][1]["text"]
+            said = inserter.say_about(model, tokenizer, list(clips.values()), list(asks.values()),
+                                      c.bench.long_answers, c.bench.batch)
+            answered = [recordings[number] | {"number": number, "seconds": len(clip) / RATE, "response": text}
+                        for (number, clip), text in zip(clips.items(), said)]
+            append(file, answered)
+            done |= {row["number"]: row for row in answered}
+            bar.update(len(batch))
+    unread = {"seconds": 0.0, "response": None}
+    return [done.get(number, row | unread) for number, row in enumerate(recordings)]
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Table and page
 #
 # The same figures in aligned columns for the terminal, and on one page with charts, tables, and rows to
 # listen to. The page is the template PAGE at the end of this file; here stands what it
@@ -2055,7 +2219,8 @@ def print_files(c: synth.Settings, results: dict) -> None:
         if misheard := misheard_by_first(found):
             print(misheard)
     for problem, count in results["problems"].items():
-        print(f"{count} rows count as not followed: {problem}.")
+        what = "are left out" if results["official"] else "count as not followed"
+        print(f"{count} rows {what}: {problem}.")
     if results["not judged"]:
         print(f"{results['not judged']} rows have no votes of a judge; give judge=url:… or judge=hf:….")
     if c.published:
@@ -2213,7 +2378,7 @@ def page_row(row: dict, folder: Path, heard: dict[str, str]) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Refusing rows that cannot be scored
+# 12. Refusing rows that cannot be scored
 #
 # A row that lacks something would be scored wrongly or stop the scoring half-way. One sentence names the line
 # and what is missing there; the tables that say what rows must have stand at the end of this file.
@@ -2284,7 +2449,7 @@ def check_argument(value: object, key: str, name: str, where: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. How the official code reads a text: sentences, words, capitals, language
+# 13. How the official code reads a text: sentences, words, capitals, language
 #
 # Counting is the whole of some checks, so it is done as the official code does it. Its sentence model,
 # nltk's, is a download: where it is missing a rule stands in, which seldom counts otherwise.
@@ -2356,7 +2521,7 @@ def language_of(text: str) -> str | None:
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. The command line
+# 14. The command line
 #
 # A benchmark continues where it was interrupted, and refuses to go on in a folder that other settings or
 # another model have begun; `score=` reads files of rows and writes its results beside them.
@@ -2379,6 +2544,10 @@ def score_files(c: synth.Settings) -> None:
         if c.suite in METRICS_OF_VOTES and all(row.get("pred_score") is None for row in rows):
             raise UserError(f"{path} has no row with pred_score, the votes of a judge, by which "
                             f"suite={c.suite} is scored.")
+    made_here = {"made", "decomposed_checks", "withdrawn", "constraint"}         # by make=, or the tiny suite
+    if c.published and any(made_here & row.keys() for rows in systems for row in rows):
+        raise UserError(f"{c.score} has rows that were made here, not by the benchmark's authors: their "
+                        "figures must not stand beside published ones; leave out published=true.")
     scored, results = zip(*(score_rows(rows, c.suite, c.official, c.bench.bootstrap) for rows in systems))
     if len(paths) == 2:
         results[0]["difference"] = differences(paths, scored, c.suite, c.bench.bootstrap)
@@ -2392,75 +2561,6 @@ def score_files(c: synth.Settings) -> None:
         print_scores(paths, results)
     if c.published:
         print_published(c.suite)
-
-
-def score_manifest(c: synth.Settings) -> None:
-    """`manifest=FILE.jsonl`: ask the run about recordings, and score what it says by task and language.
-
-    A recording that cannot be read, or is longer than 30 s, counts as answered with nothing.
-    """
-    check_settings(c)
-    if inserter.rank_and_world()[1] > 1:
-        raise UserError("manifest= is asked by one process; start python bench.py without torchrun.")
-    recordings = [row for row in synth.read_documents(c.manifest) if "audio_filepath" in row]
-    if not recordings:
-        raise UserError(f"{c.manifest} names no recording; each line has audio_filepath and text.")
-    folder = Path("runs") / c.run / "recordings" / re.sub(r"[^\w.-]+", "-", c.manifest)
-    settings = {"model": digest_of(Path("runs") / c.run / "model"), "max_tokens": c.bench.long_answers,
-                "recordings": hashlib.sha256(json.dumps(recordings).encode()).hexdigest()}
-    if c.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
-    synth.same_settings(folder / "settings.yaml", settings, (), "ask anew with fresh=true")
-    groups = collections.defaultdict(list)
-    for row in ask_recordings(c, folder / "answers.jsonl", recordings):
-        groups[row.get("task", "transcribe"), row.get("lang", c.synth.lang)].append(row)
-    measured = ("WER", "CER", "exact")
-    results = []
-    for (task, lang), rows in sorted(groups.items()):
-        found = figures(list(map(compared, rows)), measured, c.bench.bootstrap)
-        results.append({"task": task, "lang": lang, "count": len(rows),
-                        "unread": sum(row["response"] is None for row in rows),
-                        "hours": round(sum(row["seconds"] for row in rows) / 3600, 4)} | found)
-    target = folder / "results.json"
-    synth.write_whole(target, json.dumps(settings | {"tasks": results}, indent=1).encode())
-    shown = ("task", "lang", "count", "unread", "hours")
-    table = [[*shown, *(f"{name} %" for name in measured)]]
-    for row in results:
-        table.append([*(str(row[name]) for name in shown), *(percent(row, name) for name in measured)])
-    print_aligned(table, left=2)
-    print(f"{target} is written.")
-
-
-def ask_recordings(c: synth.Settings, path: Path, recordings: list[dict]) -> list[dict]:
-    """The recordings with the run's answers, kept in `path` as they come; a stopped run goes on."""
-    done = len(synth.whole_lines(path))
-    todo = recordings[done:]
-    model, tokenizer = inserter.load_run(c) if todo else (None, None)
-    with open(path, "ab") as file, tqdm(total=len(todo), desc="answers", disable=None) as bar:
-        for batch in inserter.batches(todo, c.bench.batch):
-            heard = [synth.read_recorded(row["audio_filepath"], inserter.LONGEST / RATE) for row in batch]
-            sound = [i for i, (clip, _) in enumerate(heard) if inserter.audio_positions(len(clip))]
-            asks = [synth.recorded_task(batch[i])["parts"][1]["text"] for i in sound]
-            clips = [heard[i][0] for i in sound]
-            said = inserter.say_about(model, tokenizer, clips, asks, c.bench.long_answers, c.bench.batch)
-            answers = dict(zip(sound, said))
-            append(file, [row | {"seconds": len(clip) / RATE, "response": answers.get(i), "problem": problem}
-                          for i, (row, (clip, problem)) in enumerate(zip(batch, heard))])
-            bar.update(len(batch))
-    return [json.loads(line) for line in synth.whole_lines(path)]
-
-
-def compared(row: dict) -> Counts:
-    """How far an answer is from a recording's text, without case and punctuation.
-
-    >>> compared({"text": "It is red.", "response": "it is read"})
-    {'WER': (1, 3), 'CER': (1, 7), 'exact': (0, 1)}
-    """
-    wanted, said = (synth.WORD.findall((text or "").lower()) for text in (row["text"], row["response"]))
-    distance = torchaudio.functional.edit_distance
-    return {"WER": (distance(wanted, said), len(wanted)),
-            "CER": (distance("".join(wanted), "".join(said)), len("".join(wanted))),
-            "exact": (int(wanted == said), 1)}
 
 
 def benchmark(c: synth.Settings) -> None:
@@ -2488,13 +2588,12 @@ def benchmark_files(c: synth.Settings) -> None:
     system = open_system(c)
     judge = open_judge(c) if c.judge else None
     folder = Path("benchmarks") / prompts.resolve().name / re.sub(r"[^\w.-]+", "-", system.about["system"])
-    if c.fresh and (folder / "settings.json").is_file():
-        shutil.rmtree(folder)
+    if c.fresh:
+        remove_whole(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    asked = [[row["key"], row["prompt"], row["audio_path"] and os.path.relpath(row["audio_path"], prompts)]
-             for row in rows]
-    settings = {"about": system.about, "prompts": hashlib.sha256(json.dumps(asked).encode()).hexdigest()}
-    synth.same_settings(folder / "settings.json", settings, (), "ask anew with fresh=true")
+    asked = hashlib.sha256(json.dumps([what_is_asked(row, prompts) for row in rows]).encode()).hexdigest()
+    synth.same_settings(folder / "settings.yaml", {"about": system.about, "prompts": asked}, (),
+                        "ask anew with fresh=true", bool(all_answers(folder)))
     answered = ask_system(c, folder, rows, system)
     if len(answered) < len(rows):
         print(f"{len(rows) - len(answered)} of {len(rows)} rows are other processes' and not answered yet; "
@@ -2513,6 +2612,7 @@ def benchmark_files(c: synth.Settings) -> None:
         own = [row for row in scored if row["lang"] == lang]
         languages[lang] = nested_results(own, c.bench.bootstrap, kind)
     results = {"about": system.about, "prompts": folder.parent.name, "made": made, "official": c.official,
+               "digest of prompts": asked, "tokenizer": "nltk punkt_tab" if punkt() else "rule",
                "seed": c.seed, "bootstrap": c.bench.bootstrap,
                "problems": collections.Counter(row["problem"] for row in scored if "problem" in row),
                "not judged": sum(row["suite"] in METRICS_OF_VOTES and row.get("response") is not None
@@ -2523,6 +2623,24 @@ def benchmark_files(c: synth.Settings) -> None:
     report = write_files_report(folder, scored, results)
     print_files(c, results)
     print(f"{report} is written; open it in a browser to hear the prompts.")
+
+
+def what_is_asked(row: dict, prompts: Path) -> list:
+    """What tells a row's question from any other: its words, or its clip by name and size."""
+    if not row["audio_path"]:
+        return [row["key"], row["prompt"]]
+    clip = Path(row["audio_path"])
+    size = clip.stat().st_size if clip.is_file() else None
+    return [row["key"], row["prompt"], os.path.relpath(clip, prompts), size, row.get("cuts")]
+
+
+def remove_whole(folder: Path) -> None:
+    """Remove a folder of answers, renamed first: a kill leaves nothing of it that would be continued."""
+    aside = folder.with_name(f".old.{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def begin(c: synth.Settings) -> Path:
@@ -2646,10 +2764,16 @@ SIGNS = {
 RETRIES = 4
 TIMEOUT = 120
 LONGEST_REPLY = 100_000
+REFUSED = (400, 413, 422)              # of one request: too long, or against the server's rules
 HINTS = {401: "set {}", 403: "this key may not", 404: "is the model's name right?",
          429: "start again later", 500: "start again later"}
-# No speaker says more tokens a second: a cascade's transcripts end there.
+# The vocabulary of the *.en models. No speaker says more tokens a second: a cascade's transcripts end there.
+ENGLISH_WHISPER = 51864
 MOST_TOKENS = 10
+BABBLE_CLIPS = 1000                    # of the standard condition, that others' babble is made of
+# What fields of a file of prompts are made of, where figures or pages depend on it; what is not is left out.
+KINDS_OF_FIELDS = {"seconds": int | float, "cuts": list, "instruction_id_list": list, "kwargs": list}
+KINDS_OF_FIELDS |= dict.fromkeys("variant kind constraint voice written spoken reference".split(), str)
 # What a file of prompts may hold of another system: not read.
 ANSWERED = ("response", "truncated", "pred_score", "problem", "heard", "decoding", "strict", "loose",
             "majority", "votes", "malformed", "ties")
