@@ -1653,6 +1653,7 @@ def cascade_system(c: synth.Settings, name: str) -> System:
         raise UserError(f"system=cascade:{name} names one model; give two, cascade:ASR,LLM.")
 
     def load() -> Callable:
+        transformers.logging.set_verbosity_error()           # or it warns of each call's limit
         with checkpoint_errors(name):
             device = inserter.device_here()
             own = {}
@@ -1712,7 +1713,6 @@ def begin_as_whisper(model: transformers.PreTrainedModel, tokenizer: Any) -> Non
     """Let an English Whisper write words from the start. A folder that was converted may lack Whisper's own
     generation_config.json; then it begins as it likes, at times with <|nocaptions|>, and hears nothing."""
     config = model.generation_config
-    config.max_length = None                 # each call says how long it may go on
     marks = tokenizer.convert_tokens_to_ids(["<|notimestamps|>", "<|nocaptions|>"])
     english = getattr(model.config, "vocab_size", None) == ENGLISH_WHISPER
     if english and getattr(config, "no_timestamps_token_id", None) is None:
