@@ -926,13 +926,13 @@ def test_an_llm_answers_the_user_turns_of_a_corpus(writer, tok, tmp_path, monkey
     assert [(row[0]["content"], row[1]["content"]) for row in rows] == want
 
 
-STORY = "has a ball. it is red. he puts it in the garden. anna sees it there."
+TALE = "has a ball. it is red. he puts it in the garden. anna sees it there."
 
 
 @pytest.mark.parametrize("ask", [None, "Go on in under 40 words:"])
 def test_an_llm_continues_the_texts_of_a_corpus(writer, tmp_path, ask):
     """Openings end with a sentence and are marked as what is to be spoken; the corpus reads them back."""
-    (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": f"tom{n} {STORY}"}) + "\n" for n in range(12)))
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps({"text": f"tom{n} {TALE}"}) + "\n" for n in range(12)))
     M.write(with_writing(writer, to=str(tmp_path / "stories.jsonl"), given=8, ask=ask))
     documents = list(synth.read_documents(writer.write))
     assert len(documents) > 3
