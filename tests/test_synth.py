@@ -358,7 +358,7 @@ def test_a_users_corpus_is_streamed_into_shards(tmp_path):
 
 
 @pytest.mark.parametrize("name, data, sentence", [
-    ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON; mend or remove"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON, of which each line is one document; mend or remove"),
     ("a.jsonl", b'["text"]\n', 'line 1 has neither "text" nor "messages"'),
     ("a.jsonl", b'{"title": "a"}\n', 'line 1 has neither "text" nor "messages"'),
     ("a.jsonl", b'{"text": 3}\n', 'line 1 has neither'),
