@@ -572,7 +572,8 @@ def own_answers(questions, tokens):
 @pytest.fixture(scope="module")
 def served():
     """SmolLM2 behind `transformers serve`: the server's name for system= and judge=."""
-    pytest.importorskip("uvicorn", reason="pip install transformers[serving]")
+    for package in ("uvicorn", "accelerate"):
+        pytest.importorskip(package, reason="pip install transformers[serving] accelerate")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -601,8 +602,9 @@ def test_transformers_serve_as_system_and_judge(served, tmp_path, monkeypatch):
     write_lines(Path("sib/closed_standard_en.jsonl"), [{"prompt": text} | NO_COMMA for text in ASKED])
     write_lines(Path("sib/open_ended_en.jsonl"), [{"prompt": ASKED[0], "decomposed_questions": ["Is Paris named?"]}])
     write_lines(Path("sib/adjustment_en.jsonl"), [{"prompt": "Name a fruit, no, name a colour."}])
-    settings = [f"system={served}", f"judge={served}", "bench.votes=2", "bench.long_answers=24"]
-    run(*settings)
+    settings = [CONFIG, "prompts=sib", f"system={served}", f"judge={served}", "bench.votes=2", "bench.long_answers=24",
+                "bench.bootstrap=100"]
+    bench.main(settings)
     rows = [json.loads(line) for line in next(Path("benchmarks/sib").glob("url*/scored.jsonl")).open()]
     closed = [row["response"].strip() for row in rows if row["suite"] == "closed"]
     assert closed == own_answers([row["prompt"] for row in rows if row["suite"] == "closed"], 24)
@@ -612,7 +614,7 @@ def test_transformers_serve_as_system_and_judge(served, tmp_path, monkeypatch):
         if row["suite"] != "closed":
             assert row["votes"] == 2 and row["malformed"] <= 2
     before = votes.read_bytes()
-    run(*settings)
+    bench.main(settings)
     assert votes.read_bytes() == before
 
 
@@ -628,7 +630,7 @@ def test_a_cascade_of_real_models(tmp_path, monkeypatch):
     """Whisper writes down what espeak says, mostly; the LLM answers that, and typed prompts as if alone."""
     monkeypatch.chdir(tmp_path)
     write_lines(Path("ask.jsonl"), [{"prompt": text} | NO_COMMA for text in ASKED])
-    bench.main([CONFIG, "make=ask.jsonl", "prompts=sib", 'synth.timbres=[m1, m5, m6, Mike, miguel, Hugo]'])
+    bench.main([CONFIG, "make=ask.jsonl", "prompts=sib", 'synth.timbres=[m6, Mike, m5, miguel, m1, Hugo, Henrique, michel, Diogo, m2, rob, Michael, Denis, klatt5, m4]'])
     run(f"system=cascade:{WHISPER},{SMOLLM}", "bench.long_answers=24")
     rows = [json.loads(line) for line in next(Path("benchmarks/sib").glob("cascade*/scored.jsonl")).open()]
     heard = [row["heard"] for row in rows if row["audio_path"]]
@@ -638,19 +640,20 @@ def test_a_cascade_of_real_models(tmp_path, monkeypatch):
     standard = [row for row in rows if row["audio_path"] and row["condition"] == "standard"]
     wrong = [bench.contributions({"suite": "transcription", "reference": row["prompt"], "response": row["heard"]})["WER"]
              for row in standard]
-    assert min(errors for errors, _ in wrong) <= 1, heard
+    assert min(errors for errors, _ in wrong) <= 2, heard
     assert max(len(text.split()) for text in heard) < 40                # a loop would go on to 448 tokens
 
 
 @real
 def test_a_judge_of_real_weights(official, serve, monkeypatch):
     """SmolLM2 votes in this process: every vote is counted, well formed or not, and none is asked twice."""
-    settings = [f"system={serve(lambda request: 'Tea is good.').name}", f"judge=hf:{SMOLLM}", "bench.votes=1"]
-    run(*settings)
+    settings = [CONFIG, "prompts=sib", f"system={serve(lambda request: 'Tea is good.').name}", f"judge=hf:{SMOLLM}",
+                "bench.votes=1", "bench.bootstrap=100"]
+    bench.main(settings)
     found = results("url")["languages"]["en"]
     cells = [found[suite]["standard"][mode] for suite in ("open", "adjustment") for mode in ("typed", "spoken")]
     assert [cell["count"] for cell in cells] == [2, 2, 1, 1]
     lines = next(Path("benchmarks/sib").glob("url*/votes.jsonl")).read_text().splitlines()
     assert len(lines) == 3                # the server says the same to clips and texts: six answers, three questions
     monkeypatch.setattr(bench.transformers, "pipeline", lambda *_, **__: pytest.fail("was loaded again"))
-    run(*settings)
+    bench.main(settings)
