@@ -25,6 +25,7 @@ Its fields, from the prompt to the verdicts; other systems' rows need those with
     decomposed_checks       open: the checks that answer decomposed_questions
     voice, noise, variant, seconds        how a prompt is spoken
     source, source_key      the file of prompts that a row comes from, and its key there
+    clip_bytes              the size of its clip
     written, spoken         made here: the prompt as it was written, and worded for speech
     cuts                    where the sentences of a long clip meet, in seconds
     heard, problem          what a cascade heard; why there is no answer
@@ -1347,7 +1348,7 @@ def read_folder(folder: Path) -> list[dict]:
     spoken.sort(key=lambda row: (row["lang"], *way(row)))
     typed = {}
     for row in spoken:
-        unspoken = dict.fromkeys(("audio_path", "voice", "variant", "spoken"))
+        unspoken = dict.fromkeys(("audio_path", "clip_bytes", "voice", "variant", "spoken"))
         typed.setdefault(row["item"], row | unspoken | {"key": f"{row['key']} typed"})
     return list(typed.values()) + [row for row in spoken if row["audio_path"]]
 
@@ -1380,6 +1381,8 @@ def read_prompts(folder: Path, path: Path) -> list[dict]:
             raise UserError(f"{where} is of the suite {row['suite']!r}, its file's name of {suite}; move it.")
         if row.get("audio_path"):
             own["audio_path"] = clip_of(folder, path, str(row["audio_path"]), where)
+            clip = Path(own["audio_path"])
+            own["clip_bytes"] = clip.stat().st_size if clip.is_file() else None
         if suite == "open":
             own["decomposed_questions"] = questions_of(row.get("decomposed_questions"), where)
         asked = [suite, own["lang"], row["prompt"], own.get("decomposed_questions"),
@@ -1423,30 +1426,21 @@ def questions_of(value: object, where: str) -> list[str]:
 
 def read_parquet(path: Path) -> Path:
     """Unpack a parquet file once, beside itself: a JSONL file in .unpacked/, its column `audio` as clips."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ModuleNotFoundError:
-        raise UserError(f"{path} needs the package pyarrow: pip install pyarrow.") from None
     folder = path.parent / ".unpacked"
     target = folder / f"{path.stem}.jsonl"
     if target.is_file() and target.stat().st_mtime > path.stat().st_mtime:
         return target
     rows = []
-    try:
-        with parquet.ParquetFile(path) as file:
-            found = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(100))
-            for number, row in enumerate(found):
-                audio = row.pop("audio", None)
-                if isinstance(audio, dict) and audio.get("bytes"):
-                    suffix = Path(audio.get("path") or "clip.wav").suffix
-                    row["audio_path"] = f".unpacked/{path.stem}-{number:05d}{suffix}"
-                    synth.write_whole(path.parent / row["audio_path"], audio["bytes"])
-                for name in {"instruction_id_list", "kwargs"} & row.keys():       # as lists, or as JSON
-                    with contextlib.suppress(ValueError, TypeError):
-                        row[name] = json.loads(row[name])
-                rows.append({name: value for name, value in row.items() if value is not None})
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({error}); mend or remove it.") from None
+    for number, row in enumerate(synth.parquet_rows(str(path))):
+        audio = row.pop("audio", None)
+        if isinstance(audio, dict) and audio.get("bytes"):
+            name = f"{path.stem}-{number:05d}{Path(audio.get('path') or 'clip.wav').suffix}"
+            synth.write_whole(folder / name, audio["bytes"])
+            row["audio_path"] = f".unpacked/{name}"
+        for name in {"instruction_id_list", "kwargs"} & row.keys():               # as lists, or as JSON
+            with contextlib.suppress(ValueError, TypeError):
+                row[name] = json.loads(row[name])
+        rows.append(row)
     synth.write_whole(target, jsonl(rows))
     return target
 
@@ -1810,16 +1804,17 @@ def open_chat(name: str, variable: str) -> Callable:
                         f"does not belong there, where it is written down, but into {variable}.")
     key = os.environ.get(variable) or "none"
     client = openai.OpenAI(base_url=address, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
-    served = []                        # a server that has answered refuses a request for what it asks
+    served = False                     # a server that has answered refuses a request for what it asks
 
     def struck(text: str) -> str:
         text = text.encode("utf-8", "replace").decode()              # half a surrogate pair is no text
         return text.replace(key, "[key]") if len(key) >= 8 else text      # shorter ones (EMPTY) are no secret
 
     def chat(messages: list[dict], **options: Any) -> tuple[str, str]:
+        nonlocal served
         try:
             choice = client.chat.completions.create(model=model, messages=messages, **options).choices[0]
-            served[:] = [True]
+            served = True
             return struck(choice.message.content or "")[:LONGEST_REPLY], choice.finish_reason
         except openai.APIConnectionError:
             raise UserError(f"{address} does not answer; start the server, or correct the address. What is "
@@ -1843,7 +1838,8 @@ def ask_system(c: synth.Settings, folder: Path, rows: list[dict], system: System
     path = folder / f"answers-{rank}.jsonl"
     synth.whole_lines(path)
     done = all_answers(folder)
-    todo = [row for row in rows[rank::world] if "problem" in done.get(row["key"], {"problem": "not asked"})]
+    sound = {asked for asked, row in done.items() if "problem" not in row}
+    todo = [row for row in rows[rank::world] if asked_as(row) not in sound]
     todo.sort(key=lambda row: (mode(row), len(row["prompt"])))            # batches of like lengths
     if todo:
         answers = functools.partial(answers_of, system.load())
@@ -1853,7 +1849,12 @@ def ask_system(c: synth.Settings, folder: Path, rows: list[dict], system: System
                 append(file, answered)
                 bar.update(len(answered))
     done = all_answers(folder)
-    return [done[row["key"]] | row for row in rows if row["key"] in done]
+    return [done[asked_as(row)] | row for row in rows if asked_as(row) in done]
+
+
+def asked_as(row: dict) -> tuple:
+    """What an answer belongs to: the row's key, and its clip, another of which may have come in its place."""
+    return row["key"], row.get("clip_bytes")
 
 
 def answers_of(ask: Callable[[list[inserter.Question]], list[Reply]], rows: list[dict]) -> list[dict]:
@@ -1864,12 +1865,12 @@ def answers_of(ask: Callable[[list[inserter.Question]], list[Reply]], rows: list
     return [row | replies.get(row["key"], BROKEN_CLIP) for row in rows]
 
 
-def all_answers(folder: Path) -> dict[str, dict]:
-    """The rows that processes have answered, by key."""
+def all_answers(folder: Path) -> dict[tuple, dict]:
+    """The rows that processes have answered, by what was asked."""
     rows = [json.loads(line) for path in sorted(folder.glob("answers-*.jsonl"))
             for line in path.read_bytes().splitlines(True) if line.endswith(b"\n")]
     rows.sort(key=lambda row: "problem" not in row)             # a sound answer counts, if there is one
-    return {row["key"]: row for row in rows}
+    return {asked_as(row): row for row in rows}
 
 
 def question_of(row: dict) -> inserter.Question | None:
@@ -2049,7 +2050,7 @@ def score_manifest(c: synth.Settings) -> None:
     settings = {"model": digest_of(Path("runs") / c.run / "model"), "max_tokens": c.bench.long_answers,
                 "recordings": hashlib.sha256(json.dumps(recordings).encode()).hexdigest()}
     if c.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_whole(folder)
     synth.same_settings(folder / "settings.yaml", settings, (), "ask anew with fresh=true")
     groups = collections.defaultdict(list)
     for row in ask_recordings(c, folder / "answers.jsonl", recordings):
@@ -2591,7 +2592,9 @@ def benchmark_files(c: synth.Settings) -> None:
     if c.fresh:
         remove_whole(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    asked = hashlib.sha256(json.dumps([what_is_asked(row, prompts) for row in rows]).encode()).hexdigest()
+    asked = [[row["key"], row["prompt"], row["audio_path"] and os.path.relpath(row["audio_path"], prompts)]
+             for row in rows]
+    asked = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
     synth.same_settings(folder / "settings.yaml", {"about": system.about, "prompts": asked}, (),
                         "ask anew with fresh=true", bool(all_answers(folder)))
     answered = ask_system(c, folder, rows, system)
@@ -2623,15 +2626,6 @@ def benchmark_files(c: synth.Settings) -> None:
     report = write_files_report(folder, scored, results)
     print_files(c, results)
     print(f"{report} is written; open it in a browser to hear the prompts.")
-
-
-def what_is_asked(row: dict, prompts: Path) -> list:
-    """What tells a row's question from any other: its words, or its clip by name and size."""
-    if not row["audio_path"]:
-        return [row["key"], row["prompt"]]
-    clip = Path(row["audio_path"])
-    size = clip.stat().st_size if clip.is_file() else None
-    return [row["key"], row["prompt"], os.path.relpath(clip, prompts), size, row.get("cuts")]
 
 
 def remove_whole(folder: Path) -> None:

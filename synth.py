@@ -1180,37 +1180,43 @@ def make_corpus(c: Settings) -> dict[str, int]:
             write_whole(index, json.dumps(write_corpus(c, folder)).encode())
         made = json.loads(index.read_text())
         now, then = corpus_files(c), made.get("files", {})
-        changed = sorted(path for path in now.keys() | then.keys() if differ(now.get(path), then.get(path)))
+        changed = [path for path in sorted(now.keys() | then.keys())
+                   if path not in now or path not in then or has_changed(path, now[path], *then[path])]
         demand(not (now and then and changed), f"The files of synth.corpus have changed since {folder} was "
                                                f"made ({', '.join(changed[:3])}); {OTHER_DATA}.")
         return made["shards"]
 
 
-def corpus_files(c: Settings) -> dict[str, list]:
-    """{path: [bytes, time of the last change, digest of beginning and end]} of the corpus's files that are
-    here: who has the shards can do without them. What we made ourselves under data and runs is none."""
-    ours = [os.path.abspath(folder) + os.sep for folder in (c.data, "runs")]
+def corpus_files(c: Settings) -> dict[str, list[int]]:
+    """{path: [bytes, time of the last change]} of the corpus's files that are here: who has the shards can do
+    without them. What a glob finds of our own work under data and runs is none."""
+    ours = tuple(os.path.abspath(folder) + os.sep
+                 for folder in ("runs", *(Path(c.data) / name for name in ("corpus", *RECIPES))))
     found = {}
     for name in corpus_names(c):
         if name != "tiny" and not name.startswith("hf:"):
             for path in glob.glob(os.path.expanduser(name), recursive=True):
-                if os.path.isfile(path) and not os.path.abspath(path).startswith(tuple(ours)):
-                    with open(path, "rb") as file:
-                        head = file.read(2 ** 20)
-                        file.seek(max(0, os.path.getsize(path) - 2 ** 20))
-                        digest = hashlib.sha256(head + file.read()).hexdigest()
-                    found[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns, digest]
+                if os.path.isfile(path) and not os.path.abspath(path).startswith(ours):
+                    found[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
     return found
 
 
-def differ(one: list | None, other: list | None) -> bool:
-    """Whether a file has changed. A copy may have another time: then its beginning and end decide."""
-    return one is None or other is None or (one[:2] != other[:2] and one[::2] != other[::2])
+def digest_of_ends(path: str) -> str:
+    """SHA-256 of a file's first and last megabyte."""
+    with open(path, "rb") as file:
+        head = file.read(2 ** 20)
+        file.seek(max(0, os.path.getsize(path) - 2 ** 20))
+        return hashlib.sha256(head + file.read()).hexdigest()
+
+
+def has_changed(path: str, now: list[int], then: list[int], digest: str) -> bool:
+    """Whether a file is another one: a copy may have another time, then its ends decide."""
+    return now != then and (now[0] != then[0] or digest_of_ends(path) != digest)
 
 
 def write_corpus(c: Settings, folder: Path) -> dict:
     """Write every corpus shard; documents that are empty after cleaning are counted and left out."""
-    files = corpus_files(c)
+    files = {path: [state, digest_of_ends(path)] for path, state in corpus_files(c).items()}
     waiting = {"train": [], "dev": [], "test": []}
     written = Counter()
     empty = 0
@@ -1424,6 +1430,7 @@ def corpus_paths(pattern: str) -> list[str]:
     return paths
 
 
+@functools.cache
 def fetched(name: str, files: str = "") -> str:
     """Fetch a data set's files, none of its code, into the hub's cache: a glob of them. Of several kinds that
     say the same, parquet counts."""
@@ -1436,16 +1443,15 @@ def fetched(name: str, files: str = "") -> str:
         said = str(error).strip().splitlines()[0]
         raise UserError(f"synth.corpus=hf:{name} cannot be fetched ({said}); give files that are here by "
                         "their glob.") from None
-    kind = next((kind for kind in kinds if any(Path(folder).rglob(kind))), kinds[0])
-    if files:
-        kind = files.replace("*", "**/*", 1) if "/" not in files else files      # the hub's * crosses folders
-    return f"{glob.escape(folder)}/{kind if files else f'**/{kind}'}"
+    files = files or next((kind for kind in kinds if any(Path(folder).rglob(kind))), kinds[0])
+    return f"{glob.escape(folder)}/" + (files if "/" in files else f"**/{files}")
 
 
 def read_documents(path: str) -> Iterator[dict]:
     """Stream documents from a file: *.txt (blank lines between them), *.json[l][.gz] (lines) or *.parquet."""
     if path.endswith(".parquet"):
-        yield from read_parquet(path)
+        for number, row in enumerate(parquet_rows(path, FIELDS), 1):
+            yield document_of(row, path, f"row {number}")
         return
     opener = gzip.open if path.endswith(".gz") else open
     try:
@@ -1476,21 +1482,19 @@ def read_jsonl(file: Iterable[str], path: str) -> Iterator[dict]:
         yield document_of(row, path, f"line {number}")
 
 
-def read_parquet(path: str) -> Iterator[dict]:
-    """Stream the rows of a parquet file; columns that no document has are not read."""
+def parquet_rows(path: str, wanted: Iterable[str] | None = None) -> Iterator[dict]:
+    """Stream the rows of a parquet file without what is null; wanted: the columns that are read, if there."""
     try:
         from pyarrow import ArrowException, parquet
     except ModuleNotFoundError:
         raise UserError(f"{path} needs the package pyarrow: pip install pyarrow.") from None
     try:
         with parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in FIELDS]
-            number = 0
-            for batch in file.iter_batches(1000, columns=columns):
+            names = file.schema_arrow.names
+            columns = [name for name in names if wanted is None or name in wanted]
+            for batch in file.iter_batches(100, columns=columns):
                 for row in batch.to_pylist():
-                    number += 1
-                    row = {key: value for key, value in row.items() if value is not None}
-                    yield document_of(row, path, f"row {number}")
+                    yield {key: value for key, value in row.items() if value is not None}
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({error}); mend or remove it.") from None
 
@@ -1525,7 +1529,8 @@ def document_of(row: object, path: str, where: str) -> dict:
         fit = False
     if not fit:
         raise UserError(f'{path} {where} has neither "text" nor "messages" of the form [{{"role", '
-                        f'"content"}}], texts both, role one of {", ".join(ROLES)}; give it one of them.')
+                        f'"content"}}], texts both, role one of {", ".join(ROLES)}, or "spoken" is no range '
+                        'of its characters; give it one of them.')
     if "audio_filepath" in document:
         document["audio_filepath"] = os.path.join(os.path.dirname(path), document["audio_filepath"])
     return document
@@ -1565,13 +1570,14 @@ def plan_samples(c: Settings, recipe: str, split: str, number: int, lines: list[
     pool = read_voices(settings.voices) if settings.voices else None
     chosen_from = candidates(split, settings, pool)
     first = number * 4 * settings.shard_documents           # `tasks` makes four samples of a document
+    speaking = functools.cache(lambda lang: of_language(lang, chosen_from, settings))
     samples = []
     for document in map(json.loads, lines):
         if "audio_filepath" in document and recipe != "tasks":
             continue                                        # a recording is no text to be spoken
         rng = Random(f"{c.seed} {recipe} {split} {number} {len(samples)}")
         lang = document.get("lang") or None
-        draw = functools.partial(readable_voice, rng, *of_language(lang, chosen_from, settings))
+        draw = functools.partial(readable_voice, rng, *speaking(lang))
         for sample in RECIPES[recipe](document, settings, rng, draw):
             name = f"{recipe}-{split}-{first + len(samples):06d}"
             samples.append({"id": name, "recipe": recipe, "lang": lang or settings.lang} | sample)

@@ -324,8 +324,10 @@ def test_what_is_made_is_no_part_of_the_corpus(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     c = synth.load_config([*SMALL, "data=data", "synth.corpus=*.jsonl", "synth.held_out_share=0", ONE_SHARD])
     synth.make_shards(c)
-    c["synth"]["corpus"] = "**/*.jsonl"
-    assert list(synth.corpus_files(c)) == ["a.jsonl"]
+    write_lines(tmp_path / "data/written.jsonl", [{"text": "it is red."}])
+    for pattern, found in (("**/*.jsonl", {"a.jsonl", "data/written.jsonl"}), ("**/*.json", set())):
+        c["synth"]["corpus"] = pattern
+        assert set(synth.corpus_files(c)) == found
 
 
 def test_a_stage_that_is_new_changes_no_run(tmp_path):
