@@ -2222,6 +2222,8 @@ def print_files(c: synth.Settings, results: dict) -> None:
     for problem, count in results["problems"].items():
         what = "are left out" if results["official"] else "count as not followed"
         print(f"{count} rows {what}: {problem}.")
+    if results["different answers to clips"] == 1:
+        print("Every clip got the same answer: some servers leave out audio that their model cannot hear.")
     if results["not judged"]:
         print(f"{results['not judged']} rows have no votes of a judge; give judge=url:… or judge=hf:….")
     if c.published:
@@ -2621,6 +2623,8 @@ def benchmark_files(c: synth.Settings) -> None:
                "not judged": sum(row["suite"] in METRICS_OF_VOTES and row.get("response") is not None
                                  and row.get("pred_score") is None for row in scored),
                "languages": languages}
+    said = {row["response"] for row in scored if mode(row) == "spoken" and row.get("response") is not None}
+    results["different answers to clips"] = len(said)
     synth.write_whole(folder / "scored.jsonl", jsonl(scored))
     synth.write_whole(folder / "results.json", json.dumps(results, indent=1).encode())
     report = write_files_report(folder, scored, results)

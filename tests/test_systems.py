@@ -388,6 +388,13 @@ def test_other_clips_are_asked_anew(official, serve):
     assert len(server.requests) == 47 and not list(Path("benchmarks/sib").glob(".old*"))
 
 
+@pytest.mark.parametrize("reply, told", [
+    (lambda request: "Tea!", True), (lambda request: json.dumps(request["messages"])[-150:], False)])
+def test_a_system_that_does_not_hear_is_told(official, serve, capsys, reply, told):
+    run(f"system={serve(reply).name}")
+    assert ("Every clip got the same answer" in capsys.readouterr().out) == told
+
+
 def test_a_clip_that_was_mended_is_asked(official, serve):
     clip = official / "audio/closed_standard_en/0.wav"
     sound = clip.read_bytes()
@@ -634,10 +641,16 @@ def test_transformers_serve_as_system_and_judge(served, tmp_path, monkeypatch):
 
 
 @real
-def test_a_server_that_takes_no_audio(served, official):
-    """SmolLM2 cannot hear: a sentence, and the typed answers are kept."""
-    with pytest.raises(synth.UserError, match="refuses with status"):
-        run(f"system={served}", "bench.long_answers=4")
+def test_a_server_that_leaves_audio_out(served, official, capsys):
+    """transformers serve answers a clip for a model that cannot hear as if nothing had been said: that is told."""
+    for path in official.rglob("*.jsonl"):
+        if path.stem not in ("closed_standard_en", "closed_disfluency_en"):
+            path.unlink()
+    run(f"system={served}", "bench.long_answers=4")
+    rows = [json.loads(line) for line in next(Path("benchmarks/sib").glob("url*/scored.jsonl")).open()]
+    assert len({row["response"] for row in rows if row["audio_path"]}) == 1
+    assert len({row["response"] for row in rows if not row["audio_path"]}) > 1
+    assert "Every clip got the same answer" in capsys.readouterr().out
 
 
 @real
