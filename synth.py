@@ -669,7 +669,6 @@ class Espeak:
         self.pieces = []
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         self.callback = signature(self.collect)        # kept here, or Python frees it under espeak's feet
-        self.library.espeak_SetSynthCallback(self.callback)
 
     def collect(self, wave: int | None, samples: int, events: int) -> int:
         """espeak's callback: keep the samples (int16 at the address `wave`) and ask for more."""
@@ -685,6 +684,7 @@ class Espeak:
         codes = [self.library.espeak_SetVoiceByName(name.encode())]
         for key, (number, _, _, default) in PARAMETERS.items():
             codes.append(self.library.espeak_SetParameter(number, int(voice.get(key, default)), 0))
+        self.library.espeak_SetSynthCallback(self.callback)           # another object's may be set, or be gone
         data = text.replace("\0", " ").encode()
         utf8 = 1
         self.pieces.clear()

@@ -375,7 +375,7 @@ def test_chinese_and_recordings_through_synthesis_training_and_scoring(tmp_path)
     the five conditions, and scored on recordings that it has not heard."""
     from test_training import COMMON, TINY
     write_lines(tmp_path / "zh.jsonl", chinese_world(300))
-    espeak = synth.Espeak()
+    espeak = synth.load_engine("espeak")
     rows = []
     for n, document in enumerate(chinese_world(20)):
         if "text" in document:

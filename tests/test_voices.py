@@ -4,6 +4,9 @@ import io
 import json
 import multiprocessing
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +86,23 @@ def test_mandarin_speaks(espeak):
     (wave,), rate = espeak(["今天天气很好"], [V.espeak_voice("cmn", "f3")], 0)
     assert rate == 22050 and wave.dtype == np.float32
     assert V.gate(V.to_16k([wave], rate)[0], "今天天气很好", GATE) is None
+
+
+TWO = """
+import gc
+import synth
+voice = synth.espeak_voice("en-us", "f3", rate=180, pitch=50)
+one = synth.Espeak()
+samples = len(one.speak("hello there", voice))
+synth.Espeak().speak("hello", voice)
+gc.collect()
+assert len(one.speak("hello there", voice)) == samples > 10000
+"""
+
+
+def test_an_object_speaks_when_another_is_gone():
+    """espeak has one callback: that of an object that is gone would end the process."""
+    subprocess.run([sys.executable, "-c", TWO], cwd=Path(V.__file__).parent, check=True)
 
 
 def test_parameters_do_not_survive_their_clip(espeak):
