@@ -684,7 +684,7 @@ class Espeak:
         codes = [self.library.espeak_SetVoiceByName(name.encode())]
         for key, (number, _, _, default) in PARAMETERS.items():
             codes.append(self.library.espeak_SetParameter(number, int(voice.get(key, default)), 0))
-        self.library.espeak_SetSynthCallback(self.callback)           # another object's may be set, or be gone
+        self.library.espeak_SetSynthCallback(self.callback)          # another object's may be set, or be gone
         data = text.replace("\0", " ").encode()
         utf8 = 1
         self.pieces.clear()
