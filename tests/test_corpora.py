@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from chinese import documents, prompts
 from conftest import SMALL
 
 import bench
@@ -349,21 +350,6 @@ def test_answers_about_recordings_are_compared_by_words_and_letters():
 # The whole path: Chinese by rule, and recordings
 # --------------------------------------------------------------------------------------------------
 
-PEOPLE, THINGS, PLACES, COLOURS = "汤姆 安娜 李明 王芳", "球 书 杯子 帽子", "花园 厨房 学校 车站", "红色 蓝色 绿色 黄色"
-
-
-def chinese_world(count):
-    """Stories and dialogues by rule."""
-    rng = synth.Random(1)
-    for n in range(count):
-        who, thing, place, colour = (rng.choice(words.split()) for words in (PEOPLE, THINGS, PLACES, COLOURS))
-        if n % 2:
-            yield {"text": f"{who}把{colour}的{thing}放在{place}里。{who}的{thing}在{place}。它是{colour}的。", "lang": "zh"}
-        else:
-            yield {"messages": [{"role": "user", "content": f"{who}把{colour}的{thing}放在{place}里。{thing}在哪里？"},
-                                {"role": "assistant", "content": f"{thing}在{place}里。"}], "lang": "zh"}
-
-
 def script(name, folder, *arguments):
     process = subprocess.run([sys.executable, ROOT / name, *arguments], cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
@@ -374,10 +360,10 @@ def test_chinese_and_recordings_through_synthesis_training_and_scoring(tmp_path)
     """300 documents by rule and eight recordings: every recipe has Chinese clips, a model is trained, asked aloud under
     the five conditions, and scored on recordings that it has not heard."""
     from test_training import COMMON, TINY
-    write_lines(tmp_path / "zh.jsonl", chinese_world(300))
+    write_lines(tmp_path / "zh.jsonl", documents(300, synth.Random(1)))
     espeak = synth.load_engine("espeak")
     rows = []
-    for n, document in enumerate(chinese_world(20)):
+    for n, document in enumerate(documents(20, synth.Random(2))):
         if "text" in document:
             voice = synth.espeak_voice("cmn", "f3", rate=180, pitch=50)
             soundfile.write(tmp_path / f"{n}.wav", espeak.speak(document["text"], voice), espeak.rate)
@@ -405,8 +391,7 @@ def test_chinese_and_recordings_through_synthesis_training_and_scoring(tmp_path)
             assert own and all(synth.count_words(part["text"]) >= 5 for part in own)
     assert recorded >= 6                                                # some may be held out
     script("inserter.py", tmp_path, *small)
-    write_lines(tmp_path / "ask.jsonl", [{"key": 1, "prompt": "请写一首关于茶的诗。不要用逗号。",
-                                          "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}])
+    write_lines(tmp_path / "ask.jsonl", prompts(2, synth.Random(3)))
     script("bench.py", tmp_path, "make=ask.jsonl", "prompts=aloud")
     out = script("bench.py", tmp_path, *small, "prompts=aloud", "system=run:t")
     assert re.search(r"Chinese\s+typed", out) and re.search(r"Chinese\s+spoken", out)

@@ -1,0 +1,86 @@
+"""A small Chinese world by rule: stories, dialogues, and prompts of its own that no document asks.
+
+    python tests/chinese.py zh.jsonl ask.jsonl [documents]
+
+zh.jsonl is a corpus for synth.py: who puts what where, and questions about it, asked in stories and in dialogues, there
+with one of three constraints or none. ask.jsonl holds prompts for `bench.py make=`, closed-ended, of facts that no
+document tells. Their verdict needs the constraint and, as a keyword, the answer.
+"""
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+PEOPLE = "汤姆 安娜 李明 王芳 小红 大卫".split()
+THINGS = "球 书 杯子 帽子 钥匙 雨伞".split()
+PLACES = "花园里 厨房里 学校里 车站里 商店里 河边".split()
+COLOURS = "红色 蓝色 绿色 黄色".split()
+QUESTIONS = {"{thing}在哪里？": ("{thing}在{place}。", "{place}"), "{thing}是什么颜色的？": ("{thing}是{colour}的。", "{colour}"),
+             "谁放了{thing}？": ("{who}放了{thing}。", "{who}")}
+CONSTRAINTS = {                              # what is asked: (the answer, the official instruction and its argument)
+    "": ("{}", None, {}),
+    "最后请说谢谢。": ("{}谢谢。", "startend:end_checker", {"end_phrase": "谢谢。"}),
+    "请提到苹果。": ("{}我喜欢苹果。", "keywords:existence", {"keywords": ["苹果"]}),
+    "请加上引号。": ("“{}”", "startend:quotation", {})}
+HELD_OUT = 10                                # one fact in so many is asked by ask.jsonl alone
+PROMPTS = 120
+
+
+def facts(rng: Random) -> Iterator[tuple[dict[str, str], bool]]:
+    """Endless random facts {who, thing, place, colour}, each with whether it is held out."""
+    while True:
+        picks = [rng.randrange(len(words)) for words in (PEOPLE, THINGS, PLACES, COLOURS)]
+        words = (PEOPLE[picks[0]], THINGS[picks[1]], PLACES[picks[2]], COLOURS[picks[3]])
+        yield dict(zip(("who", "thing", "place", "colour"), words, strict=True)), sum(picks) % HELD_OUT == 0
+
+
+def told(fact: dict[str, str]) -> str:
+    return "{who}把{colour}的{thing}放在{place}。".format(**fact)
+
+
+def documents(count: int, rng: Random) -> Iterator[dict]:
+    """Stories and dialogues in turn, of facts that are not held out."""
+    taught = (fact for fact, held_out in facts(rng) if not held_out)
+    for n in range(count):
+        fact = next(taught)
+        if n % 2:
+            text = ""
+            for fact in (fact, next(taught)):
+                question, (answer, _) = rng.choice(list(QUESTIONS.items()))
+                text += told(fact) + f"{rng.choice(PEOPLE)}问{question}{fact['who']}说{answer}".format(**fact)
+            yield {"text": text, "lang": "zh"}
+        else:
+            question, (answer, _) = rng.choice(list(QUESTIONS.items()))
+            wish, (form, _, _) = rng.choice(list(CONSTRAINTS.items()))
+            yield {"messages": [
+                {"role": "user", "content": told(fact) + question.format(**fact) + wish},
+                {"role": "assistant", "content": form.format(answer.format(**fact))}], "lang": "zh"}
+
+
+def prompts(count: int, rng: Random) -> Iterator[dict]:
+    """Rows as IFEval has them, of held-out facts, every question under every constraint in turn."""
+    kept = (fact for fact, held_out in facts(rng) if held_out)
+    wishes = [wish for wish in CONSTRAINTS if wish]
+    for key in range(count):
+        fact = next(kept)
+        question, (_, content) = list(QUESTIONS.items())[key % len(QUESTIONS)]
+        wish = wishes[key // len(QUESTIONS) % len(wishes)]
+        _, instruction, arguments = CONSTRAINTS[wish]
+        found = {"keywords": [content.format(**fact)]}
+        yield {"key": key, "prompt": told(fact) + question.format(**fact) + wish,
+               "instruction_id_list": ["keywords:existence", instruction], "kwargs": [found, arguments]}
+
+
+def write(path: str, rows: Iterator[dict]) -> None:
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    corpus, asked, *count = sys.argv[1:]
+    write(corpus, documents(int(count[0]) if count else 6000, Random(1)))
+    write(asked, prompts(PROMPTS, Random(2)))
+
+
+if __name__ == "__main__":
+    main()
