@@ -630,7 +630,9 @@ class InSerter(nn.Module):
         """
         if word_ids is None:
             return next_token_losses(self, ids, labels, position_ids, cu_seqlens, waveforms, chunk).sum()
-        return word_loss(self, waveforms or [torch.zeros(4 * HOP)], word_ids or [[]], classes)
+        if not word_ids:                                                # no clip whose words are known
+            return 0 * word_loss(self, [torch.zeros(4 * HOP)], [[]], classes)
+        return word_loss(self, waveforms, word_ids, classes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -694,6 +696,9 @@ def word_loss(model: InSerter, waveforms: list[Tensor], word_ids: list[list[int]
 # turn. `Feed` reads the packs (5), `evaluate` gives a point of the gap curve (9), `save_run` writes the state
 # from which a stopped run continues (10), `Log` the log (11).
 # --------------------------------------------------------------------------------------------------
+
+WITHOUT_WORDS = 20                           # steps of a CTC stage in which no clip's words are known end it
+
 
 @dataclasses.dataclass
 class Progress:
@@ -786,6 +791,9 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
         # amid CTC, which lets norms grow), save.
         log.step(float(loss_sum), factor, norm, totals)
         done = progress.share(stage) >= 1
+        if stage.ctc and progress.targets == 0 and (done or progress.stage_step == WITHOUT_WORDS):
+            raise UserError(f"No clip of the stage {progress.stage} has words that are known, so it teaches "
+                            "nothing; give recordings their transcript, or leave it out (steps=0).")
         if done and stage.ctc and not stage.lr_scale.get("llm", 1.0):
             match_norms(c, model, tok, stage)
         reads_text = not stage.from_scratch or set(stage.mix) != {"tasks"}
@@ -1863,8 +1871,19 @@ def write(c: Settings) -> str:
     out, a continuation ends with its last whole sentence. A stopped run goes on behind the last line.
     -> what was written, in a sentence
     """
+    synth.demand(rank_and_world()[1] == 1, "write= is done by one process; start python inserter.py.")
+    path = Path(c.write)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(b'{"number": '):
+        raise UserError(f"{path} was not begun by write=, so it is not continued; choose another file.")
+    if c.fresh:
+        path.unlink(missing_ok=True)
     tok = load_tokenizer(c)
     model = fresh_model(c, tok).to(device_here()).eval()
+    writer = {"model": digest_of_weights(model), "seed": c.seed, "precision": c.train.precision,
+              "writing": {key: value for key, value in c.writing.items() if key != "documents"}}
+    synth.same_settings(Path(f"{path}.yaml"), writer, (), "choose another file, or fresh=true",
+                        begun=path.is_file())
     if c.train.precision == "bfloat16":
         model.to(torch.bfloat16)            # half the time of float32; autocast would convert at every token
     opening = tok.markup(("user",), False)[0]
@@ -1874,10 +1893,6 @@ def write(c: Settings) -> str:
         synth.demand(bool(given), f"writing.to={c.writing.to} has no question to answer and no text of two "
                                   "sentences to continue; give another corpus.")
     wanted = c.writing.documents if given is None else len(given)
-    path = Path(c.write)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_file() and path.stat().st_size and not path.read_bytes().startswith(b'{"number": '):
-        raise UserError(f"{path} was not begun by write=, so it is not continued; choose another file.")
     lines = synth.whole_lines(path)
     first = json.loads(lines[-1])["number"] + 1 if lines else 0
     kept = 0
@@ -1907,6 +1922,14 @@ def write(c: Settings) -> str:
         raise UserError(f"None of {wanted} tries had words and an end within writing.tokens, so {path} is "
                         "empty; raise them, or take another model.")
     return f"{kept} documents of {max(0, wanted - first)} tried are written to {path}"
+
+
+def digest_of_weights(model: nn.Module) -> str:
+    """SHA-256 of all parameters."""
+    digest = sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def openings(c: Settings) -> Iterator[dict]:
@@ -1954,7 +1977,8 @@ def with_reply(document: dict, reply: str, endless: bool) -> dict | None:
     if "text" in document:
         whole = synth.sentences(reply)[:-1 if endless else None]
         written = synth.clean(reply[:whole[-1][1]]) if whole else ""
-        between = reply[:len(reply) - len(reply.lstrip())]             # white space, or none
+        space = reply[:len(reply) - len(reply.lstrip())]               # or none
+        between = synth.clean(f"|{space}|")[1:-1]
         cut_off = {"endless": True} if endless else {}
         return document | {"text": document["text"] + between + written} | cut_off if written else None
     written = synth.clean(reply)

@@ -78,6 +78,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import unicodedata
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -114,8 +115,11 @@ class UserError(Exception):
 Ranges = list[tuple[int, int]]                          # (start, end) of each, in order, not overlapping
 VoiceFor = Callable[[str], dict | None]                 # draws a voice for words; None: it cannot read them
 
-# One Chinese character is one word; "it's", "3.50" and "well-known" are one word each.
-WORD = re.compile(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+(?:['’.-][^\W_\u3400-\u9fff]+)*")
+# One Chinese character is one word; "it's", "3.50" and "well-known" are one word each. Vowel signs and
+# accents that are characters of their own (as in Hindi) stand inside a word.
+MARKS = "".join(chr(i) for i in range(0x300, 0xb000) if unicodedata.category(chr(i)) in ("Mn", "Mc"))
+LETTERS = f"[^\\W_\u3400-\u9fff]+(?:[{MARKS}]+[^\\W_\u3400-\u9fff]*)*"
+WORD = re.compile(f"[\u3400-\u9fff]|{LETTERS}(?:['’.-]{LETTERS})*")
 SENTENCE_END = re.compile(r"(?:[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n+)")
 FILLED = re.compile(r"\S(?:.*\S)?", re.S)               # what is left without the outer white space
 
@@ -390,8 +394,8 @@ def recorded_task(document: dict) -> dict:
     task = document.get("task", "transcribe")
     words = document["text"] if task == "transcribe" else document.get("transcript", "")
     ask = TASKS[task]["ask"] if task in TASKS else f"{task.capitalize()}:"
-    heard = {"role": "speech", "text": words, "loss": False, "voice": {"id": "recorded"},
-             "file": document["audio_filepath"]}
+    place = {key: document[key] for key in ("audio_filepath", "offset", "duration") if key in document}
+    heard = {"role": "speech", "text": words, "loss": False, "voice": {"id": "recorded"}, "file": place}
     answer = text_part(" " + document["text"], True)
     return {"parts": [heard, text_part(document.get("prompt", ask), False), answer], "messages": None}
 
@@ -444,8 +448,7 @@ def continuation(document: dict, settings: Settings, rng: Random, voice_for: Voi
     if "text" in document:
         end = given[0][1]
         read = splice(document["text"][:end], given, False, voice_for)
-        sample = {"parts": [*read, text_part(document["text"][end:], True)], "messages": None}
-        yield sample | ({"endless": True} if document.get("endless") else {})
+        yield {"parts": [*read, text_part(document["text"][end:], True)], "messages": None}
     else:
         turns = document["messages"]
         first = next(i for i, turn in enumerate(turns) if turn["role"] == "user")
@@ -777,20 +780,22 @@ def load_engine(name: str) -> Callable:
 UNSPEAKABLE = re.compile(r"https?:|www\.|\S@\S+\.\w|[{}<>\[\]\\|_^~`=#*]|\w/\w+/|\w\(\)|::|\s--\w|&\w+;"
                          r"|\w\.(com|org|net|py|txt|html?)\b", re.I)
 FOREIGN = {"en": re.compile("[^\\W\\d_A-Za-zÀ-ɏ]"), "zh": re.compile("[^\\W\\d_A-Za-zÀ-ɏ㐀-鿿豈-﫿]")}
+FOREIGN |= dict.fromkeys(("hak", "ja"), re.compile("[㐀-鿿豈-﫿]"))
 
 
 def language(code: str) -> str:
-    """A code without its region; the Chinese ones, which share a script, are one.
+    """A code without its region; the Chinese ones whose voices read the script are one.
 
     >>> language("en-GB-scotland"), language("cmn"), language("yue")
     ('en', 'zh', 'zh')
     """
     code = re.split("[-_]", code.lower())[0]
-    return "zh" if code in ("cmn", "yue", "hak") else code
+    return "zh" if code in ("cmn", "yue") else code
 
 
 def speakable(text: str, lang: str) -> bool:
-    """Can a voice of this language ("en-gb", "cmn") say it? Only English and Chinese are judged by script.
+    """Can a voice of this language ("en-gb", "cmn") say it? By script only English and Chinese are judged,
+    and those in which espeak says "Chinese letter" for every character (Hakka, Japanese).
 
     >>> [speakable(text, "en-us") for text in ("the ball is red", "see https://a.b", "球是红的")]
     [True, False, False]
@@ -809,7 +814,8 @@ def of_language(lang: str | None, chosen_from: list, settings: Settings) -> tupl
     if isinstance(chosen_from[0], dict):
         fit = [voice for voice in chosen_from if language(voice["lang"]) == wanted]
         return fit if fit or lang else chosen_from, settings
-    fit = [accent for accent in settings.accents if language(accent) == wanted]
+    fit = [accent for accent in settings.accents if accent == lang]
+    fit = fit or [accent for accent in settings.accents if language(accent) == wanted]
     if not fit and not lang:
         fit = settings.accents
     return chosen_from if fit else [], Settings(settings | {"accents": fit})
@@ -847,6 +853,8 @@ def to_16k(waveforms: list[np.ndarray], rate: int) -> list[np.ndarray]:
     A clip that starts at a multiple of 441 samples starts at one of 320 afterwards. So clips are laid end to
     end at such offsets, with silence between them that is as long as the filters reach.
     """
+    if rate // math.gcd(rate, RATE) > 1000:                 # 44,101: a filter for each of 16,000 phases
+        rate = max(50, round(rate / 50) * 50)               # off by a thousandth of a tone
     if rate == RATE or not waveforms:
         return list(waveforms)
     width, taps, bank = filters(rate)
@@ -975,19 +983,27 @@ def gate(waveform: np.ndarray, text: str, limits: Settings, recorded: bool = Fal
     return "too slow" if pace < low else None
 
 
-def read_recorded(path: str, longest: float) -> tuple[np.ndarray, str | None]:
-    """A recording of any rate and container that soundfile reads: (samples,) float32 at 16 kHz, and why
-    there is none. Longer ones than `longest` seconds, endless ones too, are told by their head."""
+def read_recorded(document: dict, longest: float) -> tuple[np.ndarray, str | None]:
+    """The recording of a manifest's line, of any rate and container that soundfile reads: (samples,) float32
+    at 16 kHz, and why there is none. With an "offset" it is `duration` seconds of the file (or its rest) from
+    there on. Longer ones than `longest` seconds, endless ones too, are told by their head."""
     nothing = np.zeros(0, np.float32)
+    path = document["audio_filepath"]
     if not os.path.isfile(path):
         return nothing, "no such file"
     try:
         with soundfile.SoundFile(path) as file:
-            if file.frames > longest * file.samplerate:
+            frames = file.frames
+            if "offset" in document:
+                file.seek(round(document["offset"] * file.samplerate))
+                frames -= file.tell()
+                if "duration" in document:
+                    frames = max(0, min(frames, round(document["duration"] * file.samplerate)))
+            if frames > longest * file.samplerate:
                 return nothing, "too long"
-            sound = file.read(dtype="float32", always_2d=True)
+            sound = file.read(frames, dtype="float32", always_2d=True)
             return to_16k([sound.mean(1)], file.samplerate)[0][:int(longest * RATE)], None
-    except (soundfile.SoundFileError, OSError, ValueError):
+    except (soundfile.SoundFileError, OSError, OverflowError, ValueError):
         return nothing, "unreadable"
 
 
@@ -1189,15 +1205,12 @@ def make_corpus(c: Settings) -> dict[str, int]:
 
 def corpus_files(c: Settings) -> dict[str, list[int]]:
     """{path: [bytes, time of the last change]} of the corpus's files that are here: who has the shards can do
-    without them. What a glob finds of our own work under data and runs is none."""
-    ours = tuple(os.path.abspath(folder) + os.sep
-                 for folder in ("runs", *(Path(c.data) / name for name in ("corpus", *RECIPES))))
+    without them."""
     found = {}
     for name in corpus_names(c):
         if name != "tiny" and not name.startswith("hf:"):
-            for path in glob.glob(os.path.expanduser(name), recursive=True):
-                if os.path.isfile(path) and not os.path.abspath(path).startswith(ours):
-                    found[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+            for path in files_of(c, name):
+                found[path] = [os.path.getsize(path), os.stat(path).st_mtime_ns]
     return found
 
 
@@ -1273,7 +1286,7 @@ def split_corpus(c: Settings, name: str) -> Split:
                 for piece in cut_document(document, c.synth.max_document):
                     yield split, piece
         return
-    paths = corpus_paths(name)
+    paths = corpus_paths(c, name)
     if len(paths) > 1 and c.synth.workers > 1 and not c.plan:
         yield from split_files(c, paths)
     else:
@@ -1419,15 +1432,21 @@ def cut_dialogue(turns: list[dict], most: int) -> list[list[dict]]:
     return pieces
 
 
-def corpus_paths(pattern: str) -> list[str]:
+def corpus_paths(c: Settings, name: str) -> list[str]:
     """The files of a glob, or of a data set of the hub: hf:NAME, or hf:NAME:GLOB for some of its files."""
-    found = pattern
-    if pattern.startswith("hf:"):
-        found = fetched(*pattern.split(":", 2)[1:])
-    paths = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(found), recursive=True)))
-    demand(bool(paths), f"synth.corpus: {pattern!r} matches no file; give a glob such as 'books/*.txt', "
+    paths = files_of(c, fetched(*name.split(":", 2)[1:]) if name.startswith("hf:") else name)
+    demand(bool(paths), f"synth.corpus: {name!r} matches no file; give a glob such as 'books/*.txt', "
                         "or tiny.")
     return paths
+
+
+def files_of(c: Settings, pattern: str) -> list[str]:
+    """The files of a glob, without our own work under data and runs."""
+    ours = tuple(os.path.abspath(folder) + os.sep
+                 for folder in ("runs", *(Path(c.data) / name for name in ("corpus", *RECIPES))))
+    paths = glob.glob(os.path.expanduser(pattern), recursive=True)
+    return sorted(path for path in paths
+                  if os.path.isfile(path) and not os.path.abspath(path).startswith(ours))
 
 
 @functools.cache
@@ -1502,6 +1521,7 @@ def parquet_rows(path: str, wanted: Iterable[str] | None = None) -> Iterator[dic
 # What a document may have, and what that is made of; what is not is somebody else's.
 FIELDS = {"text": object, "messages": object, "conversations": object, "spoken": list, "endless": bool}
 FIELDS |= dict.fromkeys(("lang", "audio_filepath", "task", "prompt", "transcript"), str)
+FIELDS |= dict.fromkeys(("offset", "duration"), int | float)
 SPEAKERS = {"human": "user", "gpt": "assistant"}
 
 
@@ -1513,11 +1533,11 @@ def document_of(row: object, path: str, where: str) -> dict:
     """
     try:
         document = {key: row[key] for key, kind in FIELDS.items()
-                    if key in row and isinstance(row[key], kind)}
-        shared = document.pop("conversations", None)
-        if "messages" in document or shared is not None:
+                    if row.get(key) is not None and isinstance(row[key], kind)}
+        turns = document.pop("messages", None) or document.pop("conversations", None)
+        if turns or "text" not in document:
             document.pop("text", None)
-            document["messages"] = [turn_of(turn) for turn in document.get("messages", shared)]
+            document["messages"] = [turn_of(turn) for turn in turns]
         fit = all(isinstance(text, str) for text in texts_of(document))
         fit = fit and all(turn["role"] in ROLES for turn in document.get("messages", []))
         fit = fit and ("audio_filepath" not in document or "text" in document)
@@ -1581,6 +1601,8 @@ def plan_samples(c: Settings, recipe: str, split: str, number: int, lines: list[
         for sample in RECIPES[recipe](document, settings, rng, draw):
             name = f"{recipe}-{split}-{first + len(samples):06d}"
             samples.append({"id": name, "recipe": recipe, "lang": lang or settings.lang} | sample)
+            if document.get("endless") and recipe != "tasks":
+                samples[-1]["endless"] = True
     return samples
 
 
@@ -1596,7 +1618,7 @@ def make_shard(c: Settings, key: Key) -> float:
         files = {}
         recorded = any("file" in part for parts in parts_of(sample) for part in parts)
         for parts in parts_of(sample):
-            parts[:] = finish_parts(parts, files, c.synth.gate, counts)
+            parts[:] = finish_parts(parts, files, counts)
         if files or not recorded:                           # without its recording a sample says nothing
             clips[sample["id"]] = files
     lost = counts["rejected: no such file"]
@@ -1610,7 +1632,8 @@ def make_shard(c: Settings, key: Key) -> float:
 
 
 def speak(samples: list[dict], c: Settings, key: Key) -> None:
-    """Give every speech part its "waveform", (samples,) float32 at 16 kHz; the engine gets CLIPS_AT_ONCE."""
+    """Give every speech part its "waveform", (samples,) float32 at 16 kHz, and what makes that "unfit", or
+    None; the engine gets CLIPS_AT_ONCE. Noise comes last, so that it hides nothing from the gate."""
     recipe, split, number = key
     lists = [parts for sample in samples for parts in parts_of(sample)]
     spoken = [part for parts in lists for part in parts if part["role"] == "speech"]
@@ -1627,32 +1650,35 @@ def speak(samples: list[dict], c: Settings, key: Key) -> None:
         for part in batch:
             if "file" in part:
                 part["waveform"], part["unfit"] = read_recorded(part["file"], c.synth.gate.max_seconds)
+        for part in batch:
+            recorded = "file" in part
+            part["unfit"] = part.get("unfit") or gate(part["waveform"], part["text"], c.synth.gate, recorded)
         if c.synth.noise.share:
-            lay_noise(batch, c.synth.noise, np.random.default_rng(seed))
+            fit = [part for part in batch if not part["unfit"]]
+            lay_noise(fit, c.synth.noise, np.random.default_rng(seed))
 
 
-def finish_parts(parts: list[dict], files: dict[str, bytes], limits: Settings, counts: Counter) -> list[dict]:
+def finish_parts(parts: list[dict], files: dict[str, bytes], counts: Counter) -> list[dict]:
     """The parts as a shard keeps them, neighbouring texts joined; adds to the files and the counts."""
     done = []
     for part in parts:
         counts["words"] += count_words(part["text"])
         if part["role"] == "speech":
-            part = finish_speech(part, files, limits, counts)
+            part = finish_speech(part, files, counts)
         if done and part["role"] == done[-1]["role"] == "text" and part["loss"] == done[-1]["loss"]:
             part = text_part(done.pop()["text"] + part["text"], part["loss"])
         done.append(part)
     return done
 
 
-def finish_speech(part: dict, files: dict[str, bytes], limits: Settings, counts: Counter) -> dict:
+def finish_speech(part: dict, files: dict[str, bytes], counts: Counter) -> dict:
     """Put a clip into the sample's files; one that fails the gate is counted, its part becomes text again (a
     recording's sample is left out)."""
     text = part["text"]
     voice = part["voice"]
     waveform = part["waveform"]
-    reason = part.get("unfit") or gate(waveform, text, limits, "file" in part)
-    if reason:
-        counts[f"rejected: {reason}"] += 1
+    if part["unfit"]:
+        counts[f"rejected: {part['unfit']}"] += 1
         if "file" not in part:
             counts[f"rejected voice: {voice.get('timbre', voice['id'])}"] += 1
         return text_part(text, part["loss"])
@@ -1872,7 +1898,7 @@ def trial(c: Settings, recipe: str, lines: list[bytes]) -> Trial:
     counts: Counter = Counter()
     started = time.perf_counter()
     speak([{"parts": chosen, "messages": None}], c, (recipe, "train", 0))
-    finish_parts(chosen, files, c.synth.gate, counts)
+    finish_parts(chosen, files, counts)
     took = time.perf_counter() - started
     size = sum(map(len, files.values()))
     return Trial(
@@ -2093,7 +2119,8 @@ def check_config(c: Settings) -> None:
     """Refuse settings that contradict each other."""
     check_synth(c.synth)
     check_model(c.model)
-    demand(c.bench.noise is None or c.bench.noise != c.synth.noise.folder,
+    folders = [os.path.realpath(folder) for folder in (c.bench.noise, c.synth.noise.folder) if folder]
+    demand(len(folders) == len(set(folders)),
            "bench.noise and synth.noise.folder are one folder: test with noises that training never hears.")
     for key in ("keep_states", "open_documents"):
         demand(c.train[key] >= 1, f"train.{key} must be at least 1, not {c.train[key]}.")
@@ -2204,7 +2231,8 @@ def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str,
         free = tuple(f"{key}." for key in may_change)
         differ = [key for key in differ if not f"{key}.".startswith(free)]
         if differ:
-            raise UserError(f"{path.parent} was made with other settings ({', '.join(differ)}); {remedy}.")
+            made = path.with_suffix("") if path.stem.endswith(".jsonl") else path.parent
+            raise UserError(f"{made} was made with other settings ({', '.join(differ)}); {remedy}.")
     write_whole(path, yaml.dump(now, Dumper=StrictDumper, sort_keys=False, allow_unicode=True).encode())
 
 

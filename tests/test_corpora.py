@@ -98,6 +98,32 @@ def test_voices_of_a_file_speak_their_language(tmp_path):
         assert voices == ({"zh-CN"} if sample["lang"] == "cmn" else {"en-GB"})
 
 
+@pytest.mark.parametrize("accent, lang, read", [("hak", "hak", 0), ("ja", "ja", 0), ("cmn", "zh", 1), ("yue", "yue", 1)])
+def test_voices_that_cannot_read_characters_do_not(tmp_path, accent, lang, read):
+    """espeak's Hakka and Japanese say "Chinese letter" in place of each."""
+    write_lines(tmp_path / "a.jsonl", [{"text": "山水天地人", "lang": lang}] * 4)
+    c = settings_of(tmp_path, tmp_path / "a.jsonl", f"synth.accents=[{accent}]", "synth.share=1")
+    synth.make_corpus(c)
+    for sample in synth.plan_shard(c, "interleaved", "train", 0):
+        assert sum(part["role"] == "speech" for part in sample["parts"]) == read
+
+
+def test_a_language_that_names_an_accent_gets_it(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"text": CHINESE, "lang": lang} for lang in ("yue", "cmn", "zh")] * 9)
+    c = settings_of(tmp_path, tmp_path / "a.jsonl", "synth.accents=[cmn, yue]", "synth.share=1")
+    synth.make_corpus(c)
+    accents = {"yue": set(), "cmn": set(), "zh": set()}
+    for sample in synth.plan_shard(c, "interleaved", "train", 0):
+        accents[sample["lang"]] |= {part["voice"]["accent"] for part in sample["parts"] if part["role"] == "speech"}
+    assert accents == {"yue": {"yue"}, "cmn": {"cmn"}, "zh": {"cmn", "yue"}}
+
+
+def test_signs_above_and_below_letters_break_no_word():
+    assert synth.WORD.findall("हिन्दी में cafe\u0301 ferme\u0301, it's น้ำ") == ["हिन्दी", "में", "cafe\u0301", "ferme\u0301", "it's", "น้ำ"]
+    found = bench.compared({"text": "वह पीती है", "response": "वह पाता है"})
+    assert found["WER"] == (1, 3) and found["exact"] == (0, 1)
+
+
 def test_han_characters_are_single_words_for_ctc():
     class Spelled:
         def __call__(self, text):
@@ -161,6 +187,46 @@ def test_a_manifest_becomes_tasks(manifest, tmp_path):
         assert made(c, recipe)[0] == []
 
 
+def test_parts_of_a_long_recording(tmp_path):
+    """NeMo's offset and duration; the file may be longer than any clip."""
+    track = np.concatenate([sound(1, 8000) * loud for loud in np.linspace(0.1, 1, 40)])
+    soundfile.write(tmp_path / "long.wav", track, 8000)
+    places = [{"offset": 3, "duration": 2.0}, {"offset": 38.5}, {"offset": 1, "duration": -1}, {"offset": 50.0},
+              {"offset": -5}, {"offset": 1e300}, {"offset": float("nan")}, {"offset": 2}, {"duration": 2}]
+    write_lines(tmp_path / "a.json", [{"audio_filepath": "long.wav", "text": f"part {n}"} | place
+                                      for n, place in enumerate(places)])
+    c = settings_of(tmp_path, tmp_path / "a.json", "synth.shards={tasks: 1}")
+    synth.make_shards(c)
+    found, counts = made(c, "tasks")
+    clips = {sample["parts"][0]["text"]: synth.decode_flac(files["00.flac"]) for sample, files in found}
+    assert {text: len(clip) / synth.RATE for text, clip in clips.items()} == {"part 0": 2, "part 1": 1.5}
+    assert np.abs(clips["part 0"]).max() == pytest.approx(np.abs(track[24000:40000]).max(), rel=0.03)
+    assert {key: n for key, n in counts.items() if key.startswith("rejected: ")} == {
+        "rejected: empty": 1, "rejected: unreadable": 4, "rejected: too long": 2}
+
+
+def test_a_rate_without_common_factor_costs_no_memory(tmp_path):
+    soundfile.write(tmp_path / "odd.wav", sound(1, 44101), 44101)
+    clip, reason = synth.read_recorded({"audio_filepath": str(tmp_path / "odd.wav")}, 30)
+    assert reason is None and len(clip) == pytest.approx(16000, abs=2)
+    assert np.abs(np.fft.rfft(clip)).argmax() in (300, 301)
+
+
+def test_noise_hides_nothing_from_the_gate(tmp_path):
+    soundfile.write(tmp_path / "quiet.wav", sound(1, 16000) * 0.01, 16000)
+    soundfile.write(tmp_path / "loud.wav", np.sign(sound(1, 16000)), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "broken.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "good.wav", sound(1, 16000), 16000)
+    names = ["quiet", "loud", "broken", "good"] * 7
+    write_lines(tmp_path / "a.json", [{"audio_filepath": f"{name}.wav", "text": f"{name} {n}"} for n, name in enumerate(names)])
+    c = settings_of(tmp_path, tmp_path / "a.json", "synth.shards={tasks: 1}", "synth.noise.share=1")
+    synth.make_shards(c)
+    found, counts = made(c, "tasks")
+    assert [sample["parts"][0]["text"].split()[0] for sample, _ in found] == ["good"] * 7
+    assert all(sample["parts"][0]["noise"] for sample, _ in found)
+    assert (counts["rejected: silent"], counts["rejected: clipped"]) == (14, 7)
+
+
 def test_recordings_that_are_all_elsewhere(manifest, tmp_path):
     """A folder that is not mounted: no shard is finished without its clips."""
     write_lines(manifest, [{"audio_filepath": f"{n}.wav", "text": "lost"} for n in range(3)])
@@ -194,6 +260,19 @@ def test_a_ctc_stage_asks_for_no_unknown_words(manifest, tmp_path):
     assert inserter.packed(documents, ctc=False, waste=0, skipped=[], cursor={}).clip_samples == [800, 640]
 
 
+def test_a_ctc_stage_without_a_known_word_ends(manifest, tmp_path):
+    """It would train on silence, step by step."""
+    from test_training import COMMON, TINY
+    write_lines(manifest, [{"audio_filepath": "stereo.wav", "text": f"angry {n}", "task": "emotion"} for n in range(50)])
+    write_lines(tmp_path / "unread.jsonl", [{"text": "le ballon est rouge.", "lang": "fr"}] * 50)
+    given = [*SMALL, *TINY, "data=data", f"synth.corpus={manifest}, unread.jsonl", "synth.held_out_share=0", ONE_SHARD,
+             f"train.stages={{hear: {{steps: 3, ctc: true, mix: {{tasks: 1.0}}, {COMMON}}}}}"]
+    given = list({argument.partition("=")[0]: argument for argument in given}.values())
+    script("synth.py", tmp_path, *given)
+    process = subprocess.run([sys.executable, ROOT / "inserter.py", *given], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and "No clip of the stage hear has words that are known" in process.stderr
+
+
 # --------------------------------------------------------------------------------------------------
 # What a model wrote
 # --------------------------------------------------------------------------------------------------
@@ -224,6 +303,25 @@ def test_lines_that_are_no_document(tmp_path, row):
         list(synth.read_documents(str(tmp_path / "own.jsonl")))
 
 
+def test_empty_columns_hide_no_others(tmp_path):
+    turns = [{"role": "user", "content": "is it red"}]
+    shared = [{"from": "human", "value": "is it red"}]
+    write_lines(tmp_path / "a.jsonl", [
+        {"text": "it is red.", "messages": None}, {"text": "it is red.", "messages": []}, {"text": None, "messages": turns},
+        {"conversations": shared, "messages": None, "lang": None}, {"text": "no", "conversations": shared}])
+    found = list(synth.read_documents(str(tmp_path / "a.jsonl")))
+    assert found == [{"text": "it is red."}] * 2 + [{"messages": turns}] * 3
+
+
+def test_the_end_of_what_was_cut_off_is_a_target_of_no_recipe(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"text": ENGLISH, "spoken": [0, 41], "endless": True}, {"text": ENGLISH}])
+    c = settings_of(tmp_path, tmp_path / "a.jsonl")
+    synth.make_corpus(c)
+    for recipe, found in (("text", [True, None]), ("interleaved", [True, None]), ("continuation", [True]),
+                          ("tasks", [None] * 8)):
+        assert [sample.get("endless") for sample in synth.plan_shard(c, recipe, "train", 0)] == found
+
+
 def test_a_range_counts_no_characters_that_cleaning_changes(tmp_path):
     rows = [{"text": "Tom &amp; Anna sit. They read.", "spoken": [0, 19]}, {"text": "it is red", "spoken": "all day"}]
     write_lines(tmp_path / "own.jsonl", rows)
@@ -245,8 +343,7 @@ def test_parquet_with_text_messages_or_conversations(tmp_path):
     for name, table in (("text", {"text": ["it is red.", "it is blue."], "url": ["a", "b"]}),
                         ("chat", {"messages": [said], "score": [3]}), ("shared", {"conversations": [shared]})):
         parquet.write_table(pyarrow.table(table), tmp_path / f"{name}.parquet")
-    documents = [document for path in synth.corpus_paths(f"{tmp_path}/*.parquet")
-                 for document in synth.read_documents(path)]
+    documents = [document for path in sorted(tmp_path.glob("*.parquet")) for document in synth.read_documents(str(path))]
     assert documents == [
         {"messages": said},
         {"messages": [{"role": "user", "content": "is it blue"}, {"role": "assistant", "content": "no."}]},
@@ -328,7 +425,7 @@ def test_what_is_made_is_no_part_of_the_corpus(tmp_path, monkeypatch):
     write_lines(tmp_path / "data/written.jsonl", [{"text": "it is red."}])
     for pattern, found in (("**/*.jsonl", {"a.jsonl", "data/written.jsonl"}), ("**/*.json", set())):
         c["synth"]["corpus"] = pattern
-        assert set(synth.corpus_files(c)) == found
+        assert set(synth.corpus_files(c)) == found == set(synth.files_of(c, pattern))
 
 
 def test_a_stage_that_is_new_changes_no_run(tmp_path):

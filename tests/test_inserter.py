@@ -901,6 +901,33 @@ def test_an_llm_writes_dialogues_and_a_stopped_run_goes_on(writer, tmp_path):
     assert [document["messages"] for document in synth.read_documents(writer.write)] == [row["messages"] for row in rows]
 
 
+def test_another_model_continues_nobodys_file(writer, model, tmp_path, monkeypatch):
+    M.write(with_writing(writer, documents=6))
+    before = Path(writer.write).read_bytes()
+    with pytest.raises(synth.UserError, match=r"own.jsonl was made with other settings \(writing.temperature\)"):
+        M.write(with_writing(writer, temperature=1.0))
+    with torch.no_grad():
+        model = copy.deepcopy(M.load_model(writer.model["from"]))
+        model.language_model.lm_head.weight[0] += 1
+    M.save_model(model, tmp_path / "model")
+    with pytest.raises(synth.UserError, match=r"own.jsonl was made with other settings \(model\)"):
+        M.write(writer)
+    assert Path(writer.write).read_bytes() == before
+    M.write(Settings(writer | {"fresh": True}))
+    assert json.loads(Path(writer.write).read_bytes().splitlines()[0])["number"] < 6
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(synth.UserError, match="write= is done by one process"):
+        M.write(writer)
+
+
+def test_white_space_before_a_reply_is_as_a_corpus_keeps_it(tmp_path):
+    """Else cleaning would change the text, and its range would count other characters."""
+    for reply in (" \n\n\n\nIt is red. So.", " It is red.", "It", "\u00a0It is red."):
+        document = M.with_reply({"text": "Tom has a ball.", "spoken": [0, 15]}, reply, False)
+        assert document["text"] == synth.clean(document["text"]) and document["text"].startswith("Tom has a ball.")
+
+
 @pytest.mark.parametrize("text", ['{"text": "a line of somebody else"}\n', "no newline at the end"])
 def test_a_file_of_somebody_else_is_not_continued(writer, text):
     Path(writer.write).write_text(text)

@@ -500,7 +500,7 @@ def test_prompts_are_spoken_under_five_conditions(made):
     assert first["prompt"] == "Write 300+ words on https://a.org without *any* comma."
     assert first["spoken"] == "Write 300 or more words on a dot org without asterisk any asterisk comma."
     chinese = [row["voice"].split("+")[0] for row in spoken if row["lang"] == "zh"]
-    assert set(chinese) <= {"cmn", "yue", "hak"} and len(set(chinese)) == 2
+    assert set(chinese) == {"cmn", "yue"}
     long = next(row for row in spoken if row["source_key"] == 8 and row["condition"] == "standard")
     assert long["seconds"] > 30 and long["cuts"]
 
