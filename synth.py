@@ -1653,7 +1653,7 @@ def speak(samples: list[dict], c: Settings, key: Key) -> None:
         for part in batch:
             recorded = "file" in part
             part["unfit"] = part.get("unfit") or gate(part["waveform"], part["text"], c.synth.gate, recorded)
-        if c.synth.noise.share:
+        if c.synth.noise.share and recipe in c.synth.noise.recipes:
             fit = [part for part in batch if not part["unfit"]]
             lay_noise(fit, c.synth.noise, np.random.default_rng(seed))
 
@@ -2166,6 +2166,8 @@ def check_synth(settings: Settings) -> None:
         demand(len(pair) == 2 and pair[0] <= pair[1], f"synth.{key} must be [lowest, highest], not {pair}.")
     demand(0 <= settings.noise.share <= 1,
            f"synth.noise.share is a share from 0 to 1, not {settings.noise.share}.")
+    for name in settings.noise.recipes:
+        demand(name in RECIPES, f"synth.noise.recipes has {name!r}; valid ones are {', '.join(RECIPES)}.")
     demand(len(settings.accents) > 0, "synth.accents is empty; name one at least, for example [en-us].")
     demand(settings.held_out.keys() == {"test", "dev"},
            f"synth.held_out needs the keys test and dev, not {', '.join(settings.held_out)}.")

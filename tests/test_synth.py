@@ -700,10 +700,10 @@ def test_coloured_noise_has_another_colour_each_time():
 
 
 def test_noisy_shards_repeat_and_name_their_noise(tmp_path):
-    """The same bytes twice; the words and the voices are those of the quiet shard."""
+    """The same bytes twice; the words and the voices are those of the quiet shard, which others' noise leaves quiet."""
     shards = []
-    for name, share in (("a", 0.5), ("b", 0.5), ("quiet", 0.0)):
-        c = make(tmp_path / name, f"synth.noise.share={share}")
+    for name, share, recipes in (("a", 0.5, "chat"), ("b", 0.5, "chat"), ("quiet", 0.0, "chat"), ("others", 0.5, "tasks")):
+        c = make(tmp_path / name, f"synth.noise.share={share}", f"synth.noise.recipes=[{recipes}]")
         key = ("chat", "train", 0)
         synth.make_missing(c, [key])
         path = synth.shard_path(c, *key)
@@ -711,6 +711,7 @@ def test_noisy_shards_repeat_and_name_their_noise(tmp_path):
         parts = [part for sample in samples for lists in synth.parts_of(sample) for part in lists]
         shards.append((path.read_bytes(), [part.pop("noise", None) for part in parts if part["role"] == "speech"], parts))
     assert shards[0] == shards[1] and shards[0][0] != shards[2][0] and shards[0][2] == shards[2][2]
+    assert shards[2] == shards[3]
     assert set(shards[2][1]) == {None} and 0.3 < np.mean([noise is not None for noise in shards[0][1]]) < 0.7
 
 
