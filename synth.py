@@ -376,7 +376,8 @@ def tasks(document: dict, settings: Settings, rng: Random, voice_for: VoiceFor) 
         task = rng.choices(list(settings.tasks), list(settings.tasks.values()))[0]
         words = text[start:end].rstrip(" ,")
         heard, = splice(words, [(0, len(words))], False, voice_for)
-        answer = TASKS[task]["answer"](words, heard.get("voice", {}))
+        voice = heard.get("voice", {}) if settings.engine == "espeak" or settings.voices else {}
+        answer = TASKS[task]["answer"](words, voice)        # other engines may not follow espeak's voices
         if answer is None:
             task = "transcribe"
             answer = words
@@ -570,7 +571,10 @@ def timbre_split(timbre: str, held_out: dict[str, float]) -> str:
     >>> timbre_split("Gene", {"test": 0.3, "dev": 0.1}) == timbre_split("Gene2", {"test": 0.3, "dev": 0.1})
     True
     """
-    throat = timbres()[timbre]["throat"] if timbre in timbres() else timbre
+    try:
+        throat = timbres()[timbre]["throat"]
+    except (KeyError, UserError):                           # no timbre of espeak's, or no espeak
+        throat = timbre
     share = hash_share(f"split {throat}")   # this salt: a third of the women, no easier voices
     if share < held_out["test"]:
         return "test"
@@ -610,11 +614,11 @@ def candidates(split: str, settings: Settings, pool: list[dict] | None = None) -
     settings  the list in timbres; empty, all of espeak's timbres but special_timbres
     pool      voices from a file instead of espeak's
     """
-    for name in [*settings.timbres, *settings.special_timbres]:
-        check_espeak("en-us", name)
     if pool:
         names = {voice["timbre"] for voice in pool}
     else:
+        for name in [*settings.timbres, *settings.special_timbres]:
+            check_espeak("en-us", name)
         names = set(settings.timbres) or timbres().keys() - settings.special_timbres
     fit = {name for name in names if len(names) == 1 or timbre_split(name, settings.held_out) == split}
     if not fit:

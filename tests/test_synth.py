@@ -734,6 +734,7 @@ def own_voices(tmp_path_factory):
     """Shards spoken by a user's own module, which is silent at "the" and clips at "and"; made by the real command."""
     folder = tmp_path_factory.mktemp("own")
     (folder / "my_tts.py").write_text(TTS)
+    (folder / "espeakng_loader.py").write_text("raise ModuleNotFoundError('not needed here')")
     (folder / "voices.jsonl").write_text("".join(
         json.dumps({"id": f"speaker {n}", "timbre": f"t{n}", "lang": "en", "wav": f"{n}.wav"}) + "\n" for n in range(40)))
     arguments = [*TWO_WORKERS, "synth.engine=python:my_tts:speak", "synth.voices=voices.jsonl", "data=data"]
@@ -753,6 +754,15 @@ def test_a_users_own_engine_speaks(own_voices):
                 voices[part["voice"]] += 1
                 assert len(synth.decode_flac(files[part["audio"]])) == -(-max(len(part["text"]), 9) * 1600 * 2 // 3)
     assert len(voices) > 5 and all(v.startswith("speaker ") for v in voices)
+
+
+@pytest.mark.parametrize("engine, voices, asked", [("espeak", "null", "Speed:"), ("python:a:b", "v.jsonl", "Speed:"),
+                                                   ("python:a:b", "null", "Transcript:")])
+def test_what_an_engine_may_not_follow_is_not_asked(engine, voices, asked):
+    """espeak's voices have a rate; whether another engine speaks at it nobody knows."""
+    settings = synth.load_config([f"synth.engine={engine}", f"synth.voices={voices}", "synth.tasks={speed: 1}"]).synth
+    found = synth.tasks({"text": "it is red."}, settings, synth.Random(1), lambda words: {"id": "v", "rate": 190})
+    assert {sample["parts"][1]["text"] for sample in found} == {asked}
 
 
 def test_speech_that_fails_the_gate_becomes_text_again_and_is_counted(own_voices):
