@@ -366,7 +366,7 @@ def test_a_users_corpus_is_streamed_into_shards(tmp_path):
     ("a.jsonl", b'{"messages": "hello"}\n', "line 1 has neither"),
     ("a.txt", b"caf\xe9\n", r"a\.txt cannot be read as UTF-8"),
     ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be read"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], r"a\.jsonl\.gz cannot be read"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], r"a\.jsonl\.gz cannot be read"),
     ("a.txt", b" \n<p></p>\n", "holds no text"),
 ])
 def test_a_bad_corpus_file_is_named(tmp_path, name, data, sentence):
