@@ -32,6 +32,8 @@ TICKS = ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter", "I
 SFT = [
     "train.stages.sft.steps=350",
     "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"]         # no arm interleaves
+CLEAN = ["synth.noise.share=0.0", "train.stages.warmup_hear.steps=1530",      # without noise it is learned faster
+         "train.stages.warmup_hear.packs=1"]
 FEW = ["bench.adjustment_rows=20", "bench.open_rows=20", "train.eval_samples=16"]     # not shown
 NOTHING = {stage: f"train.stages.{stage}.steps=0" for stage in ("pretrain", "align", "sft")}
 WRITING = ["writing.to=tiny", "writing.documents=12000", "writing.temperature=0", "writing.tokens=[40, 40]",
@@ -55,14 +57,18 @@ def data_of(seed: int, kind: str) -> list[str]:
 
 def commands(seed: int) -> dict[str, list[list[str]]]:
     """{run: command lines that make it}, in the order in which they are run."""
-    common = [*FEW, f"seed={seed}"]
+    common = [*FEW, *CLEAN, f"seed={seed}"]
     warmup = run_name(seed, "warmup")
     from_warmup = f"model.from=runs/{warmup}/model"
-    found = {warmup: [["inserter.py", f"run={warmup}", *common, *data_of(seed, "word"), *NOTHING.values()]]}
+    made = {kind: ["synth.py", *common, *data_of(seed, kind)] for kind in ("word", "sentence", "own")}
+    found = {warmup: [
+        made["word"],
+        ["inserter.py", f"run={warmup}", *common, *data_of(seed, "word"), *NOTHING.values()]]}
     own = data_of(seed, "own")[1].partition("=")[2]
     written = ["inserter.py", f"write={own}", *common, *data_of(seed, "word"), from_warmup, *WRITING]
     for arm, below in ARMS.items():
         lines = [written] if below[-1][-1] == "own" else []
+        lines += [made[kind] for kind in sorted({kind for *_, kind in below})]
         start = from_warmup
         for suffix, stage, mix, tokens, kind in below:
             run = run_name(seed, arm, suffix)
@@ -96,7 +102,7 @@ def measure(seed: int) -> None:
                   for line in lines]
         if rows.get(run, {}).get("commands") == spoken:
             continue
-        for line in [*lines, ["bench.py", f"run={run}", f"seed={seed}", *FEW, *data_of(seed, "word")]]:
+        for line in [*lines, ["bench.py", f"run={run}", f"seed={seed}", *FEW, *CLEAN, *data_of(seed, "word")]]:
             subprocess.run([sys.executable, ROOT / line[0], *line[1:]], check=True)
         rows[run] = {"commands": spoken, **figures(run)}
         path.write_text(json.dumps({"seed": seed, "runs": rows}, indent=1) + "\n")
