@@ -1445,12 +1445,13 @@ def corpus_paths(c: Settings, name: str) -> list[str]:
 
 
 def files_of(c: Settings, pattern: str) -> list[str]:
-    """The files of a glob, without our own work under data and runs."""
-    ours = tuple(os.path.abspath(folder) + os.sep
-                 for folder in ("runs", *(Path(c.data) / name for name in ("corpus", *RECIPES))))
+    """The files of a glob, without our own work: what stands in runs, and the shards and indexes in data."""
+    made = "|".join(("corpus", *RECIPES))
+    ours = re.compile(f"{re.escape(os.path.abspath('runs'))}/|{re.escape(os.path.abspath(c.data))}/({made})/"
+                      r"((train|dev|test)-\d{6}\.|index\.json$|\.)")
     paths = glob.glob(os.path.expanduser(pattern), recursive=True)
     return sorted(path for path in paths
-                  if os.path.isfile(path) and not os.path.abspath(path).startswith(ours))
+                  if os.path.isfile(path) and not ours.match(os.path.abspath(path)))
 
 
 @functools.cache
