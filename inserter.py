@@ -1633,7 +1633,9 @@ def train_tokenizer(c: Settings, folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-WORD_SPLITS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"             # Qwen2's
+# Qwen2's, but each Chinese character is a word: else a small corpus makes clauses tokens, and text next to
+# speech, which is cut amid them, looks like no text that the LLM has read.
+WORD_SPLITS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{Han}|[^\r\n\p{L}\p{N}]?(?:(?!\p{Han})\p{L})+|\p{N}"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 

@@ -124,6 +124,18 @@ def test_signs_above_and_below_letters_break_no_word():
     assert found["WER"] == (1, 3) and found["exact"] == (0, 1)
 
 
+def test_a_tokenizer_from_scratch_cuts_chinese_where_speech_may_begin(tmp_path):
+    """Text before and after a spoken segment has the tokens that the whole text has."""
+    write_lines(tmp_path / "zh.jsonl", documents(60, synth.Random(1)))
+    c = settings_of(tmp_path, tmp_path / "zh.jsonl", "synth.lang=zh", "synth.accents=[cmn]", "model.vocab=2048")
+    synth.make_shards(c)
+    tok = inserter.load_tokenizer(c)
+    ids = tok(CHINESE)
+    for start, end in synth.segments(CHINESE, c.synth, synth.Random(3)):
+        assert tok(CHINESE[:start]) + tok(CHINESE[start:end]) + tok(CHINESE[end:]) == ids
+    assert tok("it's tom's ball") == [i for text in ("it", "'s", " tom", "'s", " ball") for i in tok(text)]
+
+
 def test_han_characters_are_single_words_for_ctc():
     class Spelled:
         def __call__(self, text):
