@@ -1881,11 +1881,12 @@ def write(c: Settings) -> str:
     if c.fresh:
         path.unlink(missing_ok=True)
     tok = load_tokenizer(c)
-    model = fresh_model(c, tok).to(device_here()).eval()
-    writer = {"model": digest_of_weights(model), "seed": c.seed, "precision": c.train.precision,
-              "writing": {key: value for key, value in c.writing.items() if key != "documents"}}
-    synth.same_settings(Path(f"{path}.yaml"), writer, (), "choose another file, or fresh=true",
-                        begun=path.is_file())
+    model = fresh_model(c, tok)
+    writer = {"model": f"{checksum(model):08x}", "seed": c.seed, "precision": c.train.precision,
+              "writing": c.writing}
+    synth.same_settings(Path(f"{path}.yaml"), writer, ["writing.documents"],
+                        "choose another file, or fresh=true", begun=path.is_file(), made=path)
+    model = model.to(device_here()).eval()
     if c.train.precision == "bfloat16":
         model.to(torch.bfloat16)            # half the time of float32; autocast would convert at every token
     opening = tok.markup(("user",), False)[0]
@@ -1924,14 +1925,6 @@ def write(c: Settings) -> str:
         raise UserError(f"None of {wanted} tries had words and an end within writing.tokens, so {path} is "
                         "empty; raise them, or take another model.")
     return f"{kept} documents of {max(0, wanted - first)} tried are written to {path}"
-
-
-def digest_of_weights(model: nn.Module) -> str:
-    """SHA-256 of all parameters."""
-    digest = sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def openings(c: Settings) -> Iterator[dict]:
@@ -2276,16 +2269,21 @@ def demand_gpu() -> None:
 
 def check_agreement(c: Settings, progress: Progress, model: InSerter) -> None:
     """All ranks stand at one step with the same weights; on disks of their own they might not."""
-    weights = 0
-    for p in model.parameters():
-        weights = zlib.crc32(p.detach().contiguous().view(-1).view(torch.uint8).numpy(), weights)
-    states = gather([progress.stage, progress.step, weights])
+    states = gather([progress.stage, progress.step, checksum(model)])
     for rank, state in enumerate(states):
         if state != states[0]:
             where = [f"rank {number} at step {step} of {stage} (weights {digest:08x})"
                      for number, (stage, step, digest) in ((0, states[0]), (rank, state))]
             raise UserError(f"The processes do not start alike: {' and '.join(where)}. Let all machines "
                             f"share {run_folder(c)}, or copy that of rank 0 to each.")
+
+
+def checksum(model: InSerter) -> int:
+    """CRC-32 of all parameters; the model is still on the CPU."""
+    found = 0
+    for p in model.parameters():
+        found = zlib.crc32(p.detach().contiguous().view(-1).view(torch.uint8).numpy(), found)
+    return found
 
 
 def divide(model: InSerter) -> None:

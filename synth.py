@@ -1653,10 +1653,9 @@ def speak(samples: list[dict], c: Settings, key: Key) -> None:
             for part, waveform in zip(ours, to_16k(waveforms, rate)):
                 part["waveform"] = waveform
         for part in batch:
-            if "file" in part:
-                part["waveform"], part["unfit"] = read_recorded(part["file"], c.synth.gate.max_seconds)
-        for part in batch:
             recorded = "file" in part
+            if recorded:
+                part["waveform"], part["unfit"] = read_recorded(part["file"], c.synth.gate.max_seconds)
             part["unfit"] = part.get("unfit") or gate(part["waveform"], part["text"], c.synth.gate, recorded)
         if c.synth.noise.share and recipe in c.synth.noise.recipes:
             fit = [part for part in batch if not part["unfit"]]
@@ -2225,11 +2224,12 @@ def place_among_processes(environment: Mapping[str, str]) -> tuple[int, int]:
     return number("SLURM_PROCID"), number("SLURM_STEP_NUM_TASKS", 1)
 
 
-def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str, begun: bool = True) -> None:
+def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str, begun: bool = True,
+                  made: Path | None = None) -> None:
     """Keep `now` in `path`; if other settings stand there already, UserError names the keys that differ.
 
     may_change: keys and sections that may differ; begun: false while nothing has been made yet, so that a
-    slip (a glob that matches nothing) can be put right.
+    slip (a glob that matches nothing) can be put right; made: what was made, if not the folder of `path`.
     """
     if begun and path.is_file():
         before = dotted(without_idle(read_yaml(path.read_text("utf-8"), str(path))))
@@ -2238,8 +2238,7 @@ def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str,
         free = tuple(f"{key}." for key in may_change)
         differ = [key for key in differ if not f"{key}.".startswith(free)]
         if differ:
-            made = path.with_suffix("") if path.stem.endswith(".jsonl") else path.parent
-            raise UserError(f"{made} was made with other settings ({', '.join(differ)}); {remedy}.")
+            raise UserError(f"{made or path.parent} was made with other settings ({', '.join(differ)}); {remedy}.")
     write_whole(path, yaml.dump(now, Dumper=StrictDumper, sort_keys=False, allow_unicode=True).encode())
 
 
