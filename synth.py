@@ -2238,7 +2238,8 @@ def same_settings(path: Path, now: dict, may_change: Iterable[str], remedy: str,
         free = tuple(f"{key}." for key in may_change)
         differ = [key for key in differ if not f"{key}.".startswith(free)]
         if differ:
-            raise UserError(f"{made or path.parent} was made with other settings ({', '.join(differ)}); {remedy}.")
+            raise UserError(f"{made or path.parent} was made with other settings ({', '.join(differ)}); "
+                            f"{remedy}.")
     write_whole(path, yaml.dump(now, Dumper=StrictDumper, sort_keys=False, allow_unicode=True).encode())
 
 
