@@ -2656,6 +2656,7 @@ def begin(c: synth.Settings) -> Path:
         raise UserError(f"There is no model in {model}; train it with torchrun inserter.py run={c.run}, or "
                         "name another.")
     check_settings(c)
+    check_unheard(c)
     if c.fresh:
         shutil.rmtree(folder, ignore_errors=True)
     settings = {"bench": {key: value for key, value in c.bench.items() if key in TINY_KEYS},
@@ -2678,6 +2679,22 @@ def check_settings(c: synth.Settings) -> None:
     known = set(b.accents) & set(c.synth.accents)
     if known:
         raise UserError(f"bench.accents must not be training's own; take {', '.join(sorted(known))} out.")
+
+
+def check_unheard(c: synth.Settings) -> None:
+    """The test's voices and noises are those that training never heard, by the settings of the run itself."""
+    path = Path("runs") / c.run / "config.yaml"
+    if not path.is_file():                                  # a model that was put there without its run
+        return
+    trained = synth.read_yaml(path.read_text("utf-8"), str(path))["synth"]
+    differ = [f"synth.{key}" for key in SPLIT_KEYS if trained.get(key, c.synth[key]) != c.synth[key]]
+    if differ:
+        raise UserError(f"{path.parent} was trained with another {', '.join(differ)}, which says what voices "
+                        "are unheard; give the profile and the settings of the training.")
+    folder = trained.get("noise", {}).get("folder")
+    if folder and c.bench.noise and os.path.realpath(folder) == os.path.realpath(c.bench.noise):
+        raise UserError(f"bench.noise={c.bench.noise} lay under clips of {path.parent}'s training; test with "
+                        "noises that it never heard.")
 
 
 def main(arguments: list[str]) -> None:
@@ -2848,8 +2865,9 @@ CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(
 # What lies between words
 WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""")
 
-# What training never hears depends on these keys of the section synth: the voices.
-VOICE_KEYS = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")
+# The test's voices depend on these keys of the section synth; which are unheard, on the first four.
+SPLIT_KEYS = ("accents", "timbres", "special_timbres", "held_out")
+VOICE_KEYS = (*SPLIT_KEYS, "lang", "rate", "pitch")
 
 # espeak's parameters are drawn from these ranges; without "timbres" these are any that training never hears.
 STYLES = {

@@ -363,6 +363,17 @@ def test_own_noise(folder):
         bench.main([*SMALL, "bench.noise=noise", "fresh=true"])
 
 
+def test_what_the_run_was_trained_with_is_not_tested_with(folder):
+    """By the run's own settings: neither its noises, nor voices that another profile would call unheard."""
+    c = synth.load_config([f"config={CONFIG}", "synth.noise.folder=street"])
+    synth.same_settings(folder.parent / "config.yaml", c, (), "")
+    with pytest.raises(synth.UserError, match="bench.noise=./street lay under clips of runs/tiny's training"):
+        bench.main([*SMALL, "bench.noise=./street"])
+    with pytest.raises(synth.UserError, match="runs/tiny was trained with another synth.timbres, synth.held_out"):
+        bench.main([*SMALL, "synth.timbres=[m1, m2, f1, f2, f3]", "synth.held_out={test: 0.5, dev: 0.1}"])
+    assert not folder.exists()
+
+
 GOOD = {"suite": "closed", "condition": "standard", "prompt": "what colour is the sun",
         "response": "It is yellow.",
         "instruction_id_list": ["tiny:answer"], "kwargs": [COLOUR[1]]}
