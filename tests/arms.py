@@ -123,6 +123,10 @@ def draw_row(axis: Any, x: float, row: dict[str, list], labelled: bool) -> None:
         value, (low, high) = row[key]
         below = 100 * max(value - low, 0)
         above = 100 * max(high - value, 0)
+        if value > 1:                        # as many words made up as were said
+            height = 98 if x > round(x) else 102            # those of two seeds one above the other
+            axis.text(x + shift, height, f"{100 * value:.0f}", color=colour, fontsize=7, ha="center", va="center")
+            continue
         axis.errorbar(x + shift, 100 * value, [[below], [above]], fmt="o", color=colour, ms=4, capsize=2,
                       label=key if labelled else None)
 
@@ -140,7 +144,7 @@ def show_panel(axis: Any, suffix: str, title: str, seeds: list[dict]) -> None:
             draw_row(axis, i + 0.08 * (seed - 1.5), row, labelled=i == 1 and measured is seeds[0])
     first = 1 if suffix else 0
     axis.set_xticks(range(first, len(TICKS)), TICKS[first:], fontsize=7)
-    axis.set(title=title, ylim=(0, 105))
+    axis.set(title=title, xlim=(first - 0.5, len(TICKS) - 0.5), ylim=(0, 107))
     axis.grid(axis="y", color="0.9")
 
 
