@@ -2682,19 +2682,30 @@ def check_settings(c: synth.Settings) -> None:
 
 
 def check_unheard(c: synth.Settings) -> None:
-    """The test's voices and noises are those that training never heard, by the settings of the run itself."""
+    """The test's voices and noises are those that training never heard, by the settings of the run itself
+    and of the runs that it started from."""
+    styled = {timbre for style in STYLES.values() for timbre in style.get("timbres", ())}
     path = Path("runs") / c.run / "config.yaml"
-    if not path.is_file():                                  # a model that was put there without its run
-        return
-    trained = synth.read_yaml(path.read_text("utf-8"), str(path))["synth"]
-    differ = [f"synth.{key}" for key in SPLIT_KEYS if trained.get(key, c.synth[key]) != c.synth[key]]
-    if differ:
-        raise UserError(f"{path.parent} was trained with another {', '.join(differ)}, which says what voices "
-                        "are unheard; give the profile and the settings of the training.")
-    folder = trained.get("noise", {}).get("folder")
-    if folder and c.bench.noise and os.path.realpath(folder) == os.path.realpath(c.bench.noise):
-        raise UserError(f"bench.noise={c.bench.noise} lay under clips of {path.parent}'s training; test with "
-                        "noises that it never heard.")
+    while path.is_file():                                   # a model may have been put there without its run
+        trained = synth.read_yaml(path.read_text("utf-8"), str(path))
+        heard = trained["synth"]
+        run = path.parent
+        if heard["held_out"] != c.synth.held_out:
+            raise UserError(f"{run} was trained with synth.held_out={heard['held_out']}; give the same: it "
+                            "says what voices are unheard.")
+        accents = set(c.bench.accents) & set(heard["accents"])
+        timbres = styled & set(heard["timbres"] or styled - set(heard["special_timbres"]))
+        if accents or timbres:
+            raise UserError(f"{', '.join(sorted(accents | timbres))}: {run} may have heard in training what "
+                            "the test speaks with; change bench.accents, or train without.")
+        folder = heard["noise"]["folder"]
+        if folder and c.bench.noise and os.path.realpath(folder) == os.path.realpath(c.bench.noise):
+            raise UserError(f"bench.noise={c.bench.noise} lay under clips of {run}'s training; test with "
+                            "noises that it never heard.")
+        base = Path(trained["model"]["from"] or "")
+        if len(base.parts) < 2 or base.name != "model":     # of no other run
+            return
+        path = base.parent / "config.yaml"
 
 
 def main(arguments: list[str]) -> None:
@@ -2865,9 +2876,8 @@ CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(
 # What lies between words
 WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""")
 
-# The test's voices depend on these keys of the section synth; which are unheard, on the first four.
-SPLIT_KEYS = ("accents", "timbres", "special_timbres", "held_out")
-VOICE_KEYS = (*SPLIT_KEYS, "lang", "rate", "pitch")
+# The test's voices depend on these keys of the section synth.
+VOICE_KEYS = ("lang", "accents", "rate", "pitch", "timbres", "special_timbres", "held_out")
 
 # espeak's parameters are drawn from these ranges; without "timbres" these are any that training never hears.
 STYLES = {

@@ -3,7 +3,8 @@
     python tests/arms.py 1    all of seed 1 into results/arms-1.json: warm-up, each arm before and after SFT
     python tests/arms.py      table and figure results/arms.png from results/arms-*.json
 
-Each row of the table is one run; its commands stand in the JSON. What is finished is not made again.
+Each row of the table is one run in runs/arms-*; its commands stand in the JSON. What is finished there is not made
+again.
 """
 import json
 import subprocess
@@ -47,7 +48,7 @@ def run_name(seed: int, arm: str, suffix: str = "") -> str:
 
 def data_of(seed: int, kind: str) -> list[str]:
     """Where an arm's data stands, and what it is made of: of the tiny world, or of what the warm-up wrote."""
-    folder = f"data/seed-{seed}" if seed > 1 else "data"
+    folder = f"data/seed-{seed}"
     if kind == "word":
         return [f"data={folder}"]
     if kind == "sentence":
@@ -80,6 +81,8 @@ def commands(seed: int) -> dict[str, list[list[str]]]:
         found[run] = lines
         found[f"{run}-sft"] = [["inserter.py", f"run={run}-sft", *common, *data_of(seed, "word"), start,
                                 NOTHING["pretrain"], NOTHING["align"], *SFT]]
+    for run, lines in found.items():
+        lines.append(["bench.py", f"run={run}", *common, *data_of(seed, "word")])
     return found
 
 
@@ -100,9 +103,10 @@ def measure(seed: int) -> None:
     for run, lines in commands(seed).items():
         spoken = ["python " + " ".join(f"'{part}'" if "{" in part or "[" in part else part for part in line)
                   for line in lines]
-        if rows.get(run, {}).get("commands") == spoken:
+        done = (Path("runs") / run / "bench/results.json").is_file()
+        if done and rows.get(run, {}).get("commands") == spoken:
             continue
-        for line in [*lines, ["bench.py", f"run={run}", f"seed={seed}", *FEW, *CLEAN, *data_of(seed, "word")]]:
+        for line in lines:
             subprocess.run([sys.executable, ROOT / line[0], *line[1:]], check=True)
         rows[run] = {"commands": spoken, **figures(run)}
         path.write_text(json.dumps({"seed": seed, "runs": rows}, indent=1) + "\n")

@@ -363,14 +363,26 @@ def test_own_noise(folder):
         bench.main([*SMALL, "bench.noise=noise", "fresh=true"])
 
 
-def test_what_the_run_was_trained_with_is_not_tested_with(folder):
-    """By the run's own settings: neither its noises, nor voices that another profile would call unheard."""
-    c = synth.load_config([f"config={CONFIG}", "synth.noise.folder=street"])
+@pytest.mark.parametrize("trained, tested, sentence", [
+    ("synth.noise.folder=street", "bench.noise=./street", "bench.noise=./street lay under clips of runs/{}'s training"),
+    ("synth.held_out={test: 0.5, dev: 0.1}", "bench.votes=4", "runs/{} was trained with synth.held_out=.*0.5"),
+    ("synth.accents=[en-us, en-gb]", "bench.votes=4", "en-gb: runs/{} may have heard"),
+    ("synth.timbres=[m1, whisper, zac]", "bench.votes=4", "whisper, zac: runs/{} may have heard"),
+    ("synth.special_timbres=[whisper, whisperf, caleb, grandma, grandpa, zac, belinda]", "bench.votes=4",
+     "croak: runs/{} may have heard")])
+def test_what_the_run_was_trained_with_is_not_tested_with(folder, trained, tested, sentence):
+    """By the settings of the run itself, and of the run that it started from."""
+    c = synth.load_config([f"config={CONFIG}", trained])
     synth.same_settings(folder.parent / "config.yaml", c, (), "")
-    with pytest.raises(synth.UserError, match="bench.noise=./street lay under clips of runs/tiny's training"):
-        bench.main([*SMALL, "bench.noise=./street"])
-    with pytest.raises(synth.UserError, match="runs/tiny was trained with another synth.timbres, synth.held_out"):
-        bench.main([*SMALL, "synth.timbres=[m1, m2, f1, f2, f3]", "synth.held_out={test: 0.5, dev: 0.1}"])
+    with pytest.raises(synth.UserError, match=sentence.format("tiny")):
+        bench.main([*SMALL, tested])
+    (folder.parent / "config.yaml").rename("base.yaml")
+    Path("runs/base").mkdir()
+    Path("base.yaml").rename("runs/base/config.yaml")
+    c = synth.load_config([f"config={CONFIG}", "model.from=runs/base/model"])
+    synth.same_settings(folder.parent / "config.yaml", c, (), "")
+    with pytest.raises(synth.UserError, match=sentence.format("base")):
+        bench.main([*SMALL, tested])
     assert not folder.exists()
 
 
