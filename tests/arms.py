@@ -33,7 +33,8 @@ TICKS = ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter", "I
 SFT = [
     "train.stages.sft.steps=350",
     "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"]         # no arm interleaves
-CLEAN = ["synth.noise.share=0.0", "synth.spoken_questions=0.5",      # without noise it is learned faster
+# No noise, which is learned faster, and half of the questions spoken
+CLEAN = ["synth.noise.share=0.0", "synth.spoken_questions=0.5",
          "train.stages.warmup_hear.steps=1530", "train.stages.warmup_hear.packs=1"]
 FEW = ["bench.adjustment_rows=20", "bench.open_rows=20", "train.eval_samples=16"]     # not shown
 NOTHING = {stage: f"train.stages.{stage}.steps=0" for stage in ("pretrain", "align", "sft")}
