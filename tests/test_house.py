@@ -12,8 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MAY_IMPORT = {"synth.py": set(), "inserter.py": {"synth"}, "bench.py": {"synth", "inserter"}}
+SCRIPTS = {"synth.py": set(), "inserter.py": {"synth"}, "bench.py": {"synth", "inserter"}}
+EXTRAS = sorted(f"extras/{path.name}" for path in (ROOT / "extras").glob("*.py"))
+EXPERIMENTS = sorted(f"experiments/{path.name}" for path in (ROOT / "experiments").glob("*.py"))
 COLUMNS = 110
+SCREEN = 60                                  # lines of code of the longest function
+EXTRA = 250                                  # lines of an extra
+WEIGHT = 33_000                              # tokens of the three scripts
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER)
 
@@ -42,9 +47,9 @@ def measure(source: str) -> dict:
         if isinstance(node, ast.FunctionDef):
             functions[node.name] = len([n for n in lines if node.lineno <= n <= node.end_lineno])
     longest = max(functions, key=functions.get, default=None)
-    return {"lines of code": len(lines), "tokens": tokens, "tokens a line": round(tokens / len(lines), 1),
-            "longest line": max(map(len, source.splitlines())),
-            "longest function": (longest, functions.get(longest))}
+    return {"lines": len(source.splitlines()), "tokens": tokens, "tokens a line": round(tokens / len(lines), 1),
+            "functions": len(functions), "longest line": max(map(len, source.splitlines())),
+            "longest function": (longest, functions.get(longest, 0))}
 
 
 def imported_by(source: str) -> set[str]:
@@ -61,8 +66,8 @@ def imported_by(source: str) -> set[str]:
 def test_measure_counts_code_alone():
     source = ('"""doc"""\n\nx = 1  # why\n# comment\ndef f():\n    """doc\n    more"""\n    return (1,\n'
               '            2)\n')
-    assert measure(source) == {"lines of code": 4, "tokens": 14, "tokens a line": 3.5, "longest line": 14,
-                               "longest function": ("f", 3)}
+    assert measure(source) == {"lines": 9, "tokens": 14, "tokens a line": 3.5, "functions": 1,
+                               "longest line": 14, "longest function": ("f", 3)}
 
 
 def test_imports_are_seen_inside_functions():
@@ -70,18 +75,27 @@ def test_imports_are_seen_inside_functions():
     assert imported_by(source) == {"a", "b.c", "d", "e"}
 
 
-@pytest.mark.parametrize("name", MAY_IMPORT)
-def test_scripts_are_read_on_one_screen(name):
+@pytest.mark.parametrize("name", [*SCRIPTS, *EXTRAS, *EXPERIMENTS])
+def test_files_are_read_on_one_screen(name):
     source = (ROOT / name).read_text("utf-8")
-    print(f"\n{name}: {', '.join(f'{key} {value}' for key, value in measure(source).items())}")
+    found = measure(source)
+    print(f"\n{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
     wide = [number for number, line in enumerate(source.splitlines(), 1) if len(line) > COLUMNS]
     assert not wide, f"{name} passes {COLUMNS} columns in the lines {wide}"
+    assert found["longest function"][1] <= SCREEN
+    assert name not in EXTRAS or found["lines"] <= EXTRA
 
 
-@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_the_three_scripts_are_light():
+    tokens = {name: measure((ROOT / name).read_text("utf-8"))["tokens"] for name in SCRIPTS}
+    print(tokens, sum(tokens.values()))
+    assert sum(tokens.values()) <= WEIGHT
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_imports_go_one_way(name):
     imported = imported_by((ROOT / name).read_text("utf-8"))
-    assert imported & {"synth", "inserter", "bench"} == MAY_IMPORT[name]
+    assert imported & {"synth", "inserter", "bench", "extras", "experiments", "tests"} == SCRIPTS[name]
 
 
 def test_import_does_nothing(tmp_path):
