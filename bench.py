@@ -726,8 +726,7 @@ def condition_rows(task: dict, n: int, c: Settings, timbres: list[str], rng: ran
 
 
 def draw_voice(c: Settings, unheard: list[str], rng: random.Random, **style: list) -> dict:
-    """A voice of a timbre that training never hears, with its accents, rates and pitches, but for what a style
-    says otherwise."""
+    """A voice of a timbre that training never hears, at its accents, rates and pitches, or as a style says."""
     familiar = {"timbres": unheard, "accents": c.synth.accents["en"], "rate": c.synth.rate}
     ranges = familiar | {"pitch": c.synth.pitch} | style
     timbre = rng.choice(ranges.pop("timbres"))

@@ -36,7 +36,6 @@ import os
 import re
 import shutil
 import signal
-import string
 import sys
 import time
 import zlib
@@ -55,12 +54,6 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -650,8 +643,6 @@ def word_loss(model: InSerter, batch: dict[str, Tensor], classes: Tensor) -> Ten
     classes: (n,) ids of frequent tokens, which compete with the tokens of all these clips' words. The whole
     vocabulary would take two thirds of a step.
     """
-    if not len(batch["frames"]):
-        return 0 * model.hear(batch["mel"], batch["frames"]).sum()
     heard = model.language_model.model.norm(model.hear(batch["mel"], batch["frames"]).float())
     lengths = convolved(batch["frames"]) // 2
     table = model.language_model.model.embed_tokens.weight
@@ -659,6 +650,8 @@ def word_loss(model: InSerter, batch: dict[str, Tensor], classes: Tensor) -> Ten
     classes = torch.cat([classes, batch["word_ids"], blank]).unique()
     targets = torch.searchsorted(classes, batch["word_ids"])            # the ids' places among the classes
     logits = F.linear(heard, table[to_device(classes, table.device)])                   # (positions, classes)
+    if not len(lengths):
+        return 0 * logits.sum()
     logits = logits.float().log_softmax(1).split(lengths.tolist())
     logits = nn.utils.rnn.pad_sequence(logits).to(heard.device)                         # (longest, clips, …)
     losses = F.ctc_loss(logits, targets.to(heard.device), lengths, batch["word_counts"],
@@ -697,25 +690,26 @@ def lr_factor(stage: Settings, step: int, share: float) -> float:
     return ramp * (stage.floor + (1 - stage.floor) * cosine)
 
 
-def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress, state: dict | None,
+def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress, state: dict,
                 stopping: list[int]) -> bool:
     """Train one stage from where it stands. True: it is done. False: a signal stopped it; the state is saved.
 
-    state: a saved one to continue from ({} on other ranks than 0), or None
-    stopping: not empty after a signal
+    state: a saved one to continue from, or empty; stopping: not empty after a signal
     """
     stage = c.train.stages[progress.stage]
     rank, world = rank_and_world()
     trained = freeze(model, stage)
     optimizers = make_optimizers(c, model, stage)
-    if state is not None:
-        restore(model, optimizers, state)
+    if state:
+        model.load_state_dict(state["weights"])
+        for optimizer, slots in zip(optimizers, state["slots"]):
+            optimizer.load_state_dict(slots)
+        state.clear()                        # it may fill the memory
     if progress.share(stage) >= 1:           # stopped between two stages
         return True
     network = model
     if world > 1:                            # gives all ranks the weights of rank 0
-        network = DistributedDataParallel(model, find_unused_parameters=stage.ctc,
-                                          gradient_as_bucket_view=True)
+        network = DistributedDataParallel(model, gradient_as_bucket_view=True)
     lanes = list(range(rank, stage.packs, world))
     packs_of_steps = feed(c, tok, model.mels, progress, lanes)
     classes = frequent_tokens(c, tok, stage) if stage.ctc else None
@@ -839,11 +833,12 @@ def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch
     return optimizers
 
 
-def first_samples(c: Settings, stage: Settings) -> Iterator[tuple[Path, int]]:
-    """(shard, number) of every sample in the first training shard of each of the stage's recipes."""
+def first_samples(c: Settings, stage: Settings) -> Iterator[tuple[dict, dict[str, bytes]]]:
+    """Every sample, with its files, in the first training shard of each of the stage's recipes."""
     for name in recipe_names(stage):
         path = Recipe(c, name).paths[0]
-        yield from ((path, number) for number in range(synth.read_index(path)["count"]))
+        for number in range(synth.read_index(path)["count"]):
+            yield synth.read_sample(path, number)
 
 
 def frequent_tokens(c: Settings, tok: Tokenizer, stage: Settings) -> Tensor:
@@ -854,12 +849,11 @@ def frequent_tokens(c: Settings, tok: Tokenizer, stage: Settings) -> Tensor:
     if not stage.ctc_classes:
         return torch.arange(len(tok.hf))
     found: Counter = Counter()
-    for path, number in first_samples(c, stage):
-        sample, _ = synth.read_sample(path, number)
+    for sample, _ in first_samples(c, stage):
         for part in itertools.chain(*synth.parts_of(sample)):
             if part["role"] == "speech":
                 found.update(word_tokens(part["text"], tok))
-    return torch.tensor([i for i, _ in found.most_common(stage.ctc_classes)], dtype=torch.int64)
+    return torch.tensor([i for i, _ in found.most_common(stage.ctc_classes)])
 
 
 @torch.no_grad()
@@ -869,8 +863,8 @@ def match_norms(c: Settings, model: InSerter, tok: Tokenizer, stage: Settings) -
     CTC looks at directions alone, so nothing holds the vectors' length meanwhile: it grows tenfold, and would
     drown all else in the LLM's first blocks.
     """
-    places = itertools.islice(first_samples(c, stage), 64)
-    batch = collate([read_encoded(path, number, tok) for path, number in places], model.mels)
+    samples = itertools.islice(first_samples(c, stage), 64)
+    batch = collate([encode(sample, decoded(files), tok) for sample, files in samples], model.mels)
     with mixed_precision(c):
         heard = model.hear(batch["mel"], batch["frames"]).float()
     table = model.language_model.model.embed_tokens.weight
@@ -909,22 +903,17 @@ class Recipe:
         self.paths = sorted((Path(c.data) / name).glob("train-*.tar"))
         self.counts = [synth.read_index(path)["count"] for path in self.paths]
         self.total = sum(self.counts)
-        self.shuffled = functools.lru_cache(maxsize=8)(self.shuffled)
         if not self.total:
             raise UserError(f"{Path(c.data) / name} has no sample, which the stage's mix asks for; set its "
                             "share to 0, or give a corpus that has what it is made of (chat: dialogues).")
 
-    def shuffled(self, salt: str, count: int) -> np.ndarray:
-        seed = zlib.crc32(f"{self.salt} {salt}".encode())
-        return np.random.default_rng(seed).permutation(count)
-
     def locate(self, epoch: int, index: int) -> tuple[Path, int]:
         """Shard and number of the index-th sample of an epoch."""
-        for shard in self.shuffled(f"{epoch}", len(self.paths)):
+        for shard in shuffled(f"{self.salt} {epoch}", len(self.paths)):
             if index < self.counts[shard]:
-                return self.paths[shard], int(self.shuffled(f"{epoch} {shard}", self.counts[shard])[index])
+                break
             index -= self.counts[shard]
-        raise IndexError(index)
+        return self.paths[shard], int(shuffled(f"{self.salt} {epoch} {shard}", self.counts[shard])[index])
 
     def read(self, nth: int, lane: int, lanes: int, tok: Tokenizer) -> Encoded:
         """The nth sample of a lane.
@@ -936,6 +925,12 @@ class Recipe:
         epoch, offset = divmod(nth, max(end - first, 1))
         path, number = self.locate(epoch, first + offset)
         return read_encoded(path, number, tok)
+
+
+@functools.lru_cache(maxsize=64)
+def shuffled(seed: str, count: int) -> np.ndarray:
+    """0 to count - 1 in an order that the seed alone decides."""
+    return np.random.default_rng(zlib.crc32(seed.encode())).permutation(count)
 
 
 def recipe_names(stage: Settings) -> list[str]:
@@ -1122,12 +1117,12 @@ def sinusoids(positions: int, width: int) -> Tensor:
 
 def load_model(source: str | Path) -> InSerter:
     """InSerter from a Qwen2-Audio checkpoint: ours, transformers' or the hub's; float32, on the CPU."""
-    config, tensors = pretrained(source, transformers.AutoModelForSeq2SeqLM)
-    places = {
-        "model.language_model.": "language_model.model.",
-        "model.": "",
-        "lm_head.": "language_model.lm_head."}
-    tensors = renamed(tensors, places)
+    config, theirs = pretrained(source, transformers.AutoModelForSeq2SeqLM)
+    tensors = {}
+    for name, tensor in theirs.items():
+        name = re.sub("^model.language_model.", "language_model.model.", name)
+        name = re.sub("^lm_head.", "language_model.lm_head.", name)
+        tensors[name.removeprefix("model.")] = tensor
     if config.text_config.tie_word_embeddings:
         config.text_config.tie_word_embeddings = torch.equal(
             tensors["language_model.lm_head.weight"], tensors["language_model.model.embed_tokens.weight"])
@@ -1148,8 +1143,10 @@ def join_models(whisper: str, llm: str, tok: Tokenizer, seed: int) -> InSerter:
     audio_config = {"model_type": "qwen2_audio_encoder"} | {name: getattr(hears, name) for name in sizes}
     config = Qwen2AudioConfig(audio_config=audio_config, text_config=reads.to_dict(),
                               audio_token_index=tok.audio)
-    tensors = {name: tensor for name, tensor in audio.items() if name.startswith("model.encoder.")}
-    tensors = renamed(tensors, {"model.encoder.": "audio_tower."}) | renamed(text, {"": "language_model."})
+    tensors = {f"language_model.{name}": tensor for name, tensor in text.items()}
+    for name, tensor in audio.items():
+        if name.startswith("model.encoder."):
+            tensors[name.replace("model.encoder", "audio_tower")] = tensor
     ids = [tok.audio, tok.audio_bos, tok.audio_eos]
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         matrix = tensors[name]                                                          # (V, d)
@@ -1162,15 +1159,6 @@ def join_models(whisper: str, llm: str, tok: Tokenizer, seed: int) -> InSerter:
         adapter = Adapter(config).state_dict(prefix="multi_modal_projector.")
     tensors |= {name: initial_value(name, tuple(t.shape), seed) for name, t in adapter.items()}
     return build(config, tensors)
-
-
-def renamed(tensors: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
-    """Tensors under other names: the first prefix that fits is replaced."""
-    result = {}
-    for name, tensor in tensors.items():
-        old = next(old for old in prefixes if name.startswith(old))
-        result[prefixes[old] + name[len(old):]] = tensor
-    return result
 
 
 def pretrained(source: str | Path, model_class: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -1266,7 +1254,8 @@ def train_tokenizer(c: Settings, folder: Path) -> None:
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.train_from_iterator(texts, vocab_size=c.model.text.vocab_size, min_frequency=0, show_progress=False,
                             special_tokens=[END, TURN, TURN_END, AUDIO_BOS, AUDIO, AUDIO_EOS])
-    hf = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=TURN_END, pad_token=END,
+    hf = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(bpe.to_str()),
+                                 eos_token=TURN_END, pad_token=END,
                                  extra_special_tokens=[TURN, AUDIO_BOS, AUDIO, AUDIO_EOS])
     with replacing(folder) as aside:
         hf.save_pretrained(aside)
@@ -1486,10 +1475,6 @@ def has_speech(sample: dict) -> bool:
 # Rank 0 alone reads it, and tells the others.
 # --------------------------------------------------------------------------------------------------
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-FROM_RANK_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-
-
 def train(c: Settings) -> None:
     """Run the stages from the start or from the newest state."""
     rank, world = rank_and_world()
@@ -1499,13 +1484,14 @@ def train(c: Settings) -> None:
             raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the "
                             f"{world} processes; choose one that is.")
     start_group()
-    state = open_run(c, stages) if rank == 0 else {}
+    state = open_run(c, stages) if rank == 0 else None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:                       # once on every machine
         synth.make_shards(Settings(c | {"fresh": False}))
         load_tokenizer(c)                    # which may have to be trained
-    progress = gather(state.get("progress"))[0]                         # rank 0's; and all shards are there
-    begun = progress is not None
-    progress = Progress(**progress) if begun else Progress(stages[0])
+    gather(None)
+    state = from_rank_0(state)
+    begun = bool(state)
+    progress = Progress(**state["progress"]) if begun else Progress(stages[0])
     folder = run_folder(c) / "model"
     tok = open_tokenizer(folder) if begun and folder.is_dir() else load_tokenizer(c)
     model = fresh_model(c, tok)
@@ -1522,10 +1508,9 @@ def train(c: Settings) -> None:
     for name in stages[stages.index(progress.stage):]:
         if name != progress.stage:
             progress = Progress(name, progress.step)
-        if not train_stage(c, model, tok, progress, state if begun else None, stopping):
+        if not train_stage(c, model, tok, progress, state, stopping):
             say(f"stopped by a signal after step {progress.step}; the same command continues")
             sys.exit(128 + signal.SIGTERM)
-        begun = False                        # later stages begin with new optimizers
     if rank == 0:
         draw_curves(run_folder(c))
     say(f"run {c.run} is finished: {folder} and curves.png; next: python bench.py")
@@ -1607,21 +1592,22 @@ def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, pro
     _, world = rank_and_world()
     everywhere = gather(progress.cursors)
     progress.cursors = {lane: everywhere[lane % world][lane] for cursors in everywhere for lane in cursors}
-    weights, slots = get_state_dict(model, optimizers, options=WHOLE)
+    state = {
+        "weights": model.state_dict(),
+        "slots": [optimizer.state_dict() for optimizer in optimizers],
+        "progress": dataclasses.asdict(progress)}
     if rank_and_world()[0] == 0:
         with replacing(run_folder(c) / "model") as folder:
             save_model(model, folder)
             save_processor(model, tok, folder)
             shutil.copy(run_folder(c) / "config.yaml", folder / "config.yaml")
-            bases = [name for name in (c.model["from"], c.model.encoder, c.model.llm) if name]
-            card = string.Template((ASSETS / "model_card.md").read_text("utf-8"))
-            card = card.substitute(run=c.run, bases=" and ".join(bases) or "random weights")
+            card = (ASSETS / "model_card.md").read_text("utf-8").replace("RUN", c.run)
             (folder / "README.md").write_text(card, "utf-8")
         path = run_folder(c) / "state" / f"{progress.step:08d}.pt"
         path.parent.mkdir(exist_ok=True)
         aside = path.with_suffix(".new")
         with open(aside, "wb") as file:
-            torch.save({"weights": weights, "slots": slots, "progress": dataclasses.asdict(progress)}, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -1631,14 +1617,6 @@ def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, pro
         for old in set(states) - set(kept):
             old.unlink()
     gather(None)                             # the others wait, or would run into a time-out
-
-
-def restore(model: InSerter, optimizers: list, state: dict) -> None:
-    """Put weights and slots of a state back; all ranks get those of rank 0."""
-    options = FROM_RANK_0 if dist.is_initialized() else WHOLE
-    set_model_state_dict(model, state.get("weights", {}), options=options)
-    set_optimizer_state_dict(model, optimizers, state.get("slots", {}), options=options)
-    state.clear()                            # it may fill the memory
 
 
 def start_group() -> None:
@@ -1697,6 +1675,13 @@ def gather(thing: Any) -> list:
     return things
 
 
+def from_rank_0(thing: Any) -> Any:
+    things = [thing]
+    if dist.is_initialized():
+        dist.broadcast_object_list(things)
+    return things[0]
+
+
 def say(line: str) -> None:
     """Print a line above the progress bar, on rank 0."""
     if rank_and_world()[0] == 0:
@@ -1719,17 +1704,17 @@ class Log:
         self.progress = progress
         self.stage = c.train.stages[progress.stage]
         self.first_share = progress.share(self.stage)
-        self.begun = self.since = self.last = time.perf_counter()
+        self.begun = self.since = time.perf_counter()
         self.sums: Counter = Counter()
 
     def step(self, loss: float, factor: float, norm: float, totals: dict[str, float]) -> None:
         """Count a step; every log_every steps write what happened since."""
         self.sums.update(totals | sum_over_ranks({"loss": loss}))
-        self.last = time.perf_counter()
         if not is_due(self.c.train.log_every, self.progress.step):
             return
         n = self.sums
-        seconds = self.last - self.since
+        now = time.perf_counter()
+        seconds = now - self.since
         row = {
             "loss": n["loss"] / max(n["targets"], 1),
             "lr": factor * self.stage.lr,
@@ -1742,20 +1727,18 @@ class Log:
             "GB": torch.cuda.max_memory_allocated() / 1e9}
         self.write(row | {"targets": self.progress.targets, "batch": n["batch"]})
         share = self.progress.share(self.stage)
-        left = (self.last - self.begun) * (1 - share) / max(share - self.first_share, 1e-9)
+        left = (now - self.begun) * (1 - share) / max(share - self.first_share, 1e-9)
         cells = " | ".join(f"{name} {value:,.4g}" for name, value in row.items() if value)
         say(f"{self.progress.step:>7} | {cells} | {self.progress.stage}: {left / 60:.1f} min left")
-        self.since = self.last
+        self.since = now
         self.sums = Counter()
 
     def point(self, point: dict[str, float]) -> None:
         """Keep a point of the gap curve."""
         self.write({"eval": point})
-        values = " | ".join(f"{name} {value:.3f}" for name, value in point.items())
-        say(f"{self.progress.step:>7} | dev {values}")
-        evaluating = time.perf_counter() - self.last                    # not counted as training time
-        self.since += evaluating
-        self.begun += evaluating
+        cells = " | ".join(f"{name} {value:.3f}" for name, value in point.items())
+        say(f"{self.progress.step:>7} | dev | {cells}")
+        self.since = time.perf_counter()     # evaluating is no training
 
     def write(self, row: dict) -> None:
         if rank_and_world()[0] == 0:

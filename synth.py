@@ -327,8 +327,8 @@ def tasks(document, settings, rng, voice_for) -> Iterator[dict]:
     >>> for sample in tasks(document, settings, Random(4), voice_for):
     ...     print([part["text"] for part in sample["parts"]])
     ['red.', 'Speaker:', ' woman']
-    ['it is red.', 'Transcript:', ' it is red.']
-    ['is', 'Transcript:', ' is']
+    ['it is red.', 'Speaker:', ' woman']
+    ['is', 'Speaker:', ' woman']
     ['it is red.', 'Transcript:', ' it is red.']
     """
     if "messages" in document:
@@ -937,8 +937,8 @@ def read_documents(path) -> Iterator[dict]:
                 if any(texts_of(document)):
                     yield document
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f'{path}, line {number + 1}: no document ({error!r}); each line of *.jsonl needs "text" '
-                        f'or "messages" [{{"role", "content"}}], roles of {", ".join(ROLES)}.') from None
+        raise UserError(f'{path}, line {number + 1}, is no document ({error!r}); it needs "text", or "messages" '
+                        f'[{{"role", "content"}}] with roles of {", ".join(ROLES)}.') from None
 
 
 def document_of(row) -> dict:
@@ -953,7 +953,16 @@ def document_of(row) -> dict:
         document = {"messages": [{"role": role, "content": tidy(text)} for role, text in turns]}
     else:
         document = {"text": tidy(row["text"])}
-    return document | {key: row[key] for key in ("lang", "spoken", "endless") if row.get(key)}
+    if row.get("lang"):
+        document["lang"] = row["lang"].strip()
+    if row.get("spoken"):
+        start, end = row["spoken"]
+        if not 0 <= start < end:
+            raise ValueError("spoken is no range of characters")
+        document["spoken"] = [start, end]
+    if row.get("endless"):
+        document["endless"] = True
+    return document
 
 
 def texts_of(document) -> list[str]:
@@ -1208,8 +1217,9 @@ def report(c, keys):
         n = sum((Counter(read_index(shard_path(c, *key))["counts"]) for key in group), Counter())
         share = n["speech words"] / max(1, n["speech words"] + n["text words"])
         rejected = ", ".join(f"{n[key]} {key}" for key in sorted(n) if key.startswith("rejected"))
-        print(f"{recipe:<12} {n['samples']:>8} samples, {n['seconds'] / 3600:8.2f} h of speech in {n['clips']:>8}"
-              f" clips, {share:6.1%} of the words; {rejected or 'no clip rejected'}")
+        hours = n["seconds"] / 3600
+        print(f"{recipe:<12} {n['samples']:>8} samples, {hours:8.2f} h of speech in {n['clips']:>8} clips, "
+              f"{share:6.1%} of the words; {rejected or 'no clip rejected'}")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,20 +1,21 @@
 """Everything that needs a GPU, in one run of at most 9 minutes: tables on the screen, gpu.json in FOLDER.
 
-    python tests/gpu.py FOLDER [correct] [kernel] [operations] [step] [tiny] [sweep]  (default: all but sweep)
+    python experiments/gpu.py FOLDER [correct] [kernel] [operations] [step] [tiny]      (default: all)
 
-correct     every configuration in bfloat16 and float16 against float32, bit-identical repeats, no waiting for
-            the GPU
+correct     every configuration of the kernel in bfloat16, float16 and float32 against the definition,
+            bit-identical repeats, no waiting for the GPU
 kernel      attention on packs like real samples and at fixed lengths, against FlashAttention-2 (torch's
             varlen_attn), FlexAttention compiled with a document mask, and padded SDPA
-operations  what share of a training step's operations each module has; needs no GPU
+operations  what share of a training step's operations each module has
 step        a training step of Whisper-small + Qwen2.5-0.5B sizes in packs of 8192 against transformers'
             Qwen2-Audio
 tiny        synthesis and training of the tiny world, a few steps, end to end
-sweep       other tile sizes than those in inserter.py
 
 Clips and documents are drawn here, from a seed; nothing is read or downloaded. Without a GPU, but for
-operations: one sentence, status 2. INSERTER_DRY=1 walks through all of it on a CPU at toy sizes, to see that
-this file works; its numbers mean nothing.
+operations: one sentence, status 2. INSERTER_DRY=1 walks through all of it on a CPU at toy sizes, with the
+kernel in Triton's interpreter, to see that this file works; its numbers mean nothing.
+
+Legend, as in inserter.py: T positions of a pack   Hq, Hkv query and key-value heads   D head size
 """
 import dataclasses
 import importlib.util
@@ -33,31 +34,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import torch._dynamo
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+DRY = os.environ.get("INSERTER_DRY") == "1"
+ENVIRONMENT = dict(os.environ)
+if DRY:
+    os.environ["TRITON_INTERPRET"] = "1"     # before triton is imported
+
+import numpy as np                           # noqa: E402
+import torch                                 # noqa: E402
+import torch._dynamo                         # noqa: E402
+import torch.nn.functional as F              # noqa: E402
+from torch import Tensor, nn                 # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from transformers import (                   # noqa: E402
+    Qwen2AudioConfig,
+    Qwen2AudioForConditionalGeneration,
+    WhisperFeatureExtractor,
+)
 
 import inserter as M                         # noqa: E402
 
-DRY = os.environ.get("INSERTER_DRY") == "1"
 DEVICE = torch.device("cpu" if DRY else "cuda")
 PACK_LENGTH = 400 if DRY else 8192
 SECONDS = 510                                # no new row is begun later than this
 BEGUN = time.perf_counter()
-RESULTS: dict[str, Any] = {"command": "python tests/gpu.py FOLDER", "dry": DRY, "errors": {}}
+RESULTS: dict[str, Any] = {"command": "python experiments/gpu.py FOLDER", "dry": DRY, "errors": {}}
 HALVES = (torch.float16,) if DRY else (torch.bfloat16, torch.float16)
 TENSORS = ("out", "dq", "dk", "dv")
-PEAK = M.PEAK_FLOPS                          # of dense bfloat16, by the datasheet
-
-Sample = list[tuple[str, float]]             # [("text", 31 tokens), ("speech", 3.2 seconds), …]
-Made = tuple[list[int], list[int], list[np.ndarray]]                     # ids, labels, clips
+PEAK_FLOPS = 989e12                          # dense bfloat16 operations per second of an H100 or H200
 
 
 def late() -> bool:
@@ -86,27 +91,26 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # --------------------------------------------------------------------------------------------------
 # 1. Samples: how long clips and documents are
 # --------------------------------------------------------------------------------------------------
 
-def draw_sample(rng: random.Random) -> Sample:
-    """Clips' seconds and texts' tokens of one sample, in turn: [("text", 31), ("speech", 3.2), …].
+Drawn = list[tuple[str, float]]              # [("text", 31 tokens), ("speech", 3.2 seconds), …]
+
+
+def draw_sample(rng: random.Random) -> Drawn:
+    """Texts' tokens and clips' seconds of one sample, in turn.
 
     Shares of positions as in the paper's mix; utterances of a few seconds with a long tail, as if read aloud.
     """
     def seconds() -> float:
         return min(max(rng.lognormvariate(1.2, 0.6), 0.8), 28.0)
 
-    (kind,) = rng.choices(["interleaved", "task", "text"], [0.35, 0.45, 0.2])
-    if kind == "task":
+    (recipe,) = rng.choices(["interleaved", "tasks", "text"], [0.35, 0.45, 0.2])
+    if recipe == "tasks":
         length = min(3 * seconds(), 28.0)
         return [("speech", length), ("text", max(4, round(3.3 * length)))]
-    if kind == "text":
+    if recipe == "text":
         return [("text", round(min(max(rng.lognormvariate(6.0, 0.9), 16), 3000)))]
     sample = [("text", rng.randint(8, 60))]
     for _ in range(rng.randint(1, 8)):
@@ -114,19 +118,18 @@ def draw_sample(rng: random.Random) -> Sample:
     return sample
 
 
-def samples_in(seconds: float) -> int:
-    return round(seconds * M.RATE)
+def clip_samples(drawn: Drawn) -> list[int]:
+    return [round(seconds * M.RATE) for role, seconds in drawn if role == "speech"]
 
 
-def positions(sample: Sample) -> int:
-    total = 1
-    for kind, n in sample:
-        total += n if kind == "text" else M.audio_positions(samples_in(n)) + 2
-    return total
+def positions(drawn: Drawn) -> int:
+    texts = sum(tokens for role, tokens in drawn if role == "text")
+    return texts + sum(M.audio_positions(n) + 2 for n in clip_samples(drawn)) + 1
 
 
-def draw_pack(rng: random.Random, length: int) -> tuple[list[Sample], int]:
-    """Samples that fit into a pack of `length` positions, and the positions left over."""
+def draw_pack(seed: int, length: int) -> list[Drawn]:
+    """Samples that fit into a pack of `length` positions; the first that does not ends it."""
+    rng = random.Random(seed)
     samples = []
     room = length
     while True:
@@ -134,19 +137,9 @@ def draw_pack(rng: random.Random, length: int) -> tuple[list[Sample], int]:
         if positions(sample) > length:       # longer than a pack: left out
             continue
         if positions(sample) > room:
-            return samples, room
+            return samples
         samples.append(sample)
         room -= positions(sample)
-
-
-def document_lengths(seed: int, length: int) -> tuple[list[int], list[int]]:
-    """(encoder outputs of every clip, positions of every document, the rest as one more) of one pack."""
-    samples, room = draw_pack(random.Random(seed), length)
-    clips = [samples_in(n) for sample in samples for kind, n in sample if kind == "speech"]
-    documents = [positions(sample) for sample in samples]
-    if room:
-        documents.append(room)
-    return [M.convolved(n) for n in clips], documents
 
 
 def bounds(lengths: list[int]) -> Tensor:
@@ -171,7 +164,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> 
     v = v.repeat_interleave(group, 1)
     out = []
     for start, end in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:]):
-        queries, keys, values = (x[start:end].transpose(0, 1) for x in (q, k, v))
+        queries, keys, values = (x[start:end].transpose(0, 1) for x in (q, k, v))       # (Hq, L, D)
         scores = queries @ keys.transpose(1, 2) / q.shape[2] ** 0.5
         if causal:
             is_future = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
@@ -191,6 +184,7 @@ def output_and_gradients(function: Callable, inputs: list[Tensor], dout: Tensor)
 
 
 def check_configuration(dtype: torch.dtype, D: int, causal: bool, heads: tuple[int, int]) -> dict:
+    """Three runs of the kernel against the definition in a wider type, and that in the same type as well."""
     rng = random.Random(D)
     drawn = [rng.randint(1, 40 if DRY else 900) for _ in range(2 if DRY else 6)]
     lengths = [0, 1, 3, 300, 0, 129, *drawn]
@@ -203,12 +197,8 @@ def check_configuration(dtype: torch.dtype, D: int, causal: bool, heads: tuple[i
     same_type = output_and_gradients(by_definition, inputs, dout)
     first, *repeats = (output_and_gradients(by_kernel, inputs, dout) for _ in range(3))
     identical = all(torch.equal(a, b) for run in repeats for a, b in zip(first, run))
-    row = {
-        "type": name_of(dtype),
-        "D": D,
-        "causal": causal,
-        "heads": list(heads),
-        "repeats identical": identical}
+    name = str(dtype).removeprefix("torch.")
+    row = {"type": name, "D": D, "causal": causal, "heads": list(heads), "repeats identical": identical}
     for name, a, n, e in zip(TENSORS, first, same_type, exact):
         last_place = 2.0 ** math.floor(math.log2(e.abs().max().item())) * torch.finfo(dtype).eps
         bound = 2 * (n.to(wide) - e).abs().max().item() + last_place
@@ -242,7 +232,7 @@ def show_configuration(row: dict) -> None:
     repeats = "identical" if row["repeats identical"] else "DIFFER"
     failed = "" if row["passed"] else "  FAILED"
     print(f"  {row['type']:9}{row['D']:4} {str(row['causal']):7}{heads:9}{shares}  {relative:9.1e}  "
-          f"{repeats}{failed}")
+          f"{repeats}{failed}", flush=True)
 
 
 def measure_correctness() -> dict:
@@ -253,8 +243,8 @@ def measure_correctness() -> dict:
     rows = []
     for dtype in (*HALVES, torch.float32):
         cases = [(False, (4, 4)), (True, (14, 2)), (True, (4, 4))]
-        if DRY or dtype == torch.float32:
-            cases = cases[:2]
+        if DRY:
+            cases = [(False, (2, 2)), (True, (4, 2))]
         for D in M.HEAD_SIZES[:2] if DRY else M.HEAD_SIZES:
             for causal, heads in cases:
                 name = f"correct {dtype} {D} {causal} {heads}"
@@ -264,8 +254,7 @@ def measure_correctness() -> dict:
                     show_configuration(row)
     no_waiting = bool(guarded("no waiting", check_no_waiting))
     passed = sum(row["passed"] for row in rows)
-    waits = "no synchronisation" if no_waiting else "SYNCHRONISES"
-    print(f"  {passed} of {len(rows)} passed; {waits}")
+    print(f"  {passed} of {len(rows)} passed; {'no synchronisation' if no_waiting else 'SYNCHRONISES'}")
     return {"rows": rows, "no synchronisation": no_waiting}
 
 
@@ -297,35 +286,22 @@ def replayed(function: Callable) -> float:
         return milliseconds(function)
 
 
-def attention_flops(lengths: list[int], heads: int, D: int, causal: bool, backward: bool) -> float:
-    """Products of matrices: two in the forward pass, five more in the backward pass; half if causal."""
-    work = sum(n * n for n in lengths) * 4 * D * heads
-    if backward:
-        work *= 3.5
-    return work / 2 if causal else work
-
-
 def ours(lengths: list[int], causal: bool, Hq: int, Hkv: int) -> Callable:
     cu_seqlens = bounds(lengths)
-    if M.uses_kernel(DEVICE, 64):            # as every head size timed here
-        tiles = M.fused_tiles(cu_seqlens, causal, sum(lengths))
-        return lambda q, k, v: M.fused_attention(q, k, v, cu_seqlens, causal, tiles)
-    return lambda q, k, v: M.bucketed_attention(q, k, v, cu_seqlens, causal)
+    tiles = M.fused_tiles(cu_seqlens, causal, sum(lengths))
+    return lambda q, k, v: M.fused_attention(q, k, v, cu_seqlens, causal, tiles)
 
 
 def flash(lengths: list[int], causal: bool, Hq: int, Hkv: int) -> Callable:
     from torch.nn.attention.varlen import varlen_attn
-    cu_seqlens = bounds([n for n in lengths if n])
+    cu_seqlens = bounds(lengths)
     longest = max(lengths)
     window = (-1, 0) if causal else (-1, -1)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window)
-
-    return attend
+    return lambda q, k, v: varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=window)
 
 
 def flash_repeated(lengths: list[int], causal: bool, Hq: int, Hkv: int) -> Callable:
+    """For a version of varlen_attn that wants as many key-value heads as query heads."""
     attend = flash(lengths, causal, Hq, Hkv)
     group = Hq // Hkv
     return lambda q, k, v: attend(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
@@ -358,16 +334,9 @@ def flex(lengths: list[int], causal: bool, Hq: int, Hkv: int) -> Callable:
 
 def padded_sdpa(lengths: list[int], causal: bool, Hq: int, Hkv: int) -> Callable:
     """Documents padded to the longest; gathering them is not part of the time: this is attention alone."""
-    lengths = [n for n in lengths if n]
-    longest = max(lengths)
-    is_real = torch.arange(longest, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+    is_real = torch.arange(max(lengths), device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
     mask = None if causal or bool(is_real.all()) else is_real[:, None, None]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=Hq != Hkv)
-
-    attend.padded = (len(lengths), longest)
-    return attend
+    return partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, enable_gqa=Hq != Hkv)
 
 
 PEERS = {"ours": ours, "flash-2": flash, "flex": flex, "padded sdpa": padded_sdpa}
@@ -395,17 +364,17 @@ class Case:
     Hq: int
     Hkv: int
     D: int
-    timer: Callable = milliseconds
+    timer: Callable
 
 
 def time_peer(name: str, make: Callable, case: Case) -> dict:
-    """{pass: milliseconds} of one implementation, and the backend it turned out to use."""
+    """{pass: milliseconds} of one implementation, and the backend that SDPA turned out to use."""
     attend = make(case.lengths, case.causal, case.Hq, case.Hkv)
     (q, k, v), dout = draw_inputs(sum(case.lengths), case.Hq, case.Hkv, case.D, HALVES[0])
-    if hasattr(attend, "padded"):
-        n, longest = attend.padded
+    if name == "padded sdpa":
+        shape = (len(case.lengths), max(case.lengths), case.D)
         heads = (case.Hq, case.Hkv, case.Hkv, case.Hq)
-        q, k, v, dout = (torch.randn(n, h, longest, case.D, device=DEVICE).to(HALVES[0]) for h in heads)
+        q, k, v, dout = (torch.randn(shape[0], h, *shape[1:], device=DEVICE).to(HALVES[0]) for h in heads)
         q, k, v = (x.requires_grad_() for x in (q, k, v))
 
     def forward() -> Tensor:
@@ -421,9 +390,24 @@ def time_peer(name: str, make: Callable, case: Case) -> dict:
     return row
 
 
+def attention_flops(case: Case, backward: bool) -> float:
+    """Products of matrices: two in the forward pass, five more in the backward pass; half if causal."""
+    work = sum(n * n for n in case.lengths) * 4 * case.D * case.Hq
+    if backward:
+        work *= 3.5
+    return work / 2 if case.causal else work
+
+
 def time_peers(case: Case) -> dict:
-    if DRY:
-        case = dataclasses.replace(case, Hq=2, Hkv=2 * case.Hkv // case.Hq or 1)
+    """A row of the table: milliseconds of every peer, and TFLOP/s of the work that the documents need."""
+    times = {}
+    for name, make in PEERS.items():
+        label = f"{case.name} D={case.D} causal={case.causal} {name}"
+        found = guarded(label, time_peer, name, make, case)
+        if found is None and name == "flash-2" and case.Hq != case.Hkv:
+            found = guarded(f"{label} repeated", time_peer, name, flash_repeated, case)
+        if found:
+            times[name] = found
     row = {
         "case": case.name,
         "D": case.D,
@@ -432,70 +416,52 @@ def time_peers(case: Case) -> dict:
         "positions": sum(case.lengths),
         "documents": len(case.lengths),
         "longest": max(case.lengths),
-        "times": {}}
-    for name, make in PEERS.items():
-        times = guarded(f"{case.name} D={case.D} causal={case.causal} {name}", time_peer, name, make, case)
-        if times is None and name == "flash-2" and case.Hq != case.Hkv:
-            times = guarded(f"{case.name} D={case.D} {name} repeated", time_peer, name, flash_repeated, case)
-            if times:
-                times["backend"] = "key-value heads repeated"
-        if times:
-            row["times"][name] = times
+        "times": times}
     cells = ""
     for direction in ("forward", "both"):
-        work = attention_flops(case.lengths, case.Hq, case.D, case.causal, direction == "both")
-        teraflops = {name: work / times[direction] / 1e9 for name, times in row["times"].items()}
-        row[direction] = teraflops           # per second
+        work = attention_flops(case, backward=direction == "both")
+        row[direction] = {name: work / found[direction] / 1e9 for name, found in times.items()}
         cells += "".join(f"{row[direction].get(name, math.nan):9.0f}" for name in PEERS)
-    backend = row["times"].get("padded sdpa", {}).get("backend", "")
-    print(f"  {case.name:26}{case.D:4} {str(case.causal):6}{cells}   {backend}", flush=True)
+    backend = times.get("padded sdpa", {}).get("backend", "")
+    print(f"  {case.name:16}{case.D:4} {str(case.causal):6}{cells}   {backend}", flush=True)
     return row
 
 
-def pack_cases() -> list[Case]:
-    """Packs like real samples: the LLM's of three, and the clips of one, which Flex compiles anew."""
+def cases() -> list[Case]:
+    """Packs like real samples, the LLM's and the clips of one; and 16,384 positions of one length."""
+    rows = []
     length = 200 if DRY else 8192
-    cases = []
+    groups = ((2, 1), (4, 2)) if DRY else ((14, 2), (28, 4))
     for seed in range(1 if DRY else 3):
-        _, documents = document_lengths(seed, length)
-        cases.append(Case(f"pack {seed}, 14/2, replayed", documents, True, 14, 2, 64, replayed))
-    clips, documents = document_lengths(0, length)
-    if clips:
-        cases.append(Case("clips of pack 0, replayed", clips, False, 12, 12, 64, replayed))
-        cases.append(Case("clips of a pack, launched", clips, False, 12, 12, 64))
-    cases.append(Case("pack, 14/2, launched", documents, True, 14, 2, 64))
-    cases.append(Case("pack, 28/4, replayed", documents, True, 28, 4, 128, replayed))
-    return cases
-
-
-def fixed_cases() -> list[Case]:
-    """Documents of one length, 16,384 positions of them."""
+        pack = draw_pack(seed, length)
+        documents = [positions(drawn) for drawn in pack]
+        rows.append(Case(f"pack {seed}", documents, True, *groups[0], 64, replayed))
+    rows.append(Case(f"pack {seed}", documents, True, *groups[1], 128, replayed))
+    clips = [M.convolved(math.ceil(n / M.HOP)) for drawn in pack for n in clip_samples(drawn)]
+    heads = 2 if DRY else 12
+    rows.append(Case("clips of a pack", clips or [50], False, heads, heads, 64, replayed))
     total = 128 if DRY else 16384
-    cases = []
     for D in (64, 128):
         heads = 2 if DRY else 2048 // D
         for causal in (True,) if DRY else (True, False):
             for length in (128,) if DRY else (512, 1024, 2048, 4096, 8192, 16384):
-                count = total // length
-                cases.append(Case(f"{count} x {length}", [length] * count, causal, heads, heads, D))
-    return cases
+                lengths = [length] * (total // length)
+                name = f"{len(lengths)} x {length}"
+                rows.append(Case(name, lengths, causal, heads, heads, D, milliseconds))
+    return rows
 
 
 def measure_kernel() -> dict:
     names = "".join(f"{name[:8]:>9}" for name in PEERS)
     print("\nattention, TFLOP/s of the work that documents need" + " " * 4 + "forward" + " " * 31
           + "forward + backward")
-    print(f"  {'case':26}{'D':>4} {'causal':6}{names}{names}   sdpa is")
-    rows = [time_peers(case) for case in pack_cases()]
-    for case in fixed_cases():
-        if not late():
-            rows.append(time_peers(case))
-    real = [row for row in rows if "pack" in row["case"] and "replayed" in row["case"]]
+    print(f"  {'case':16}{'D':>4} {'causal':6}{names}{names}   sdpa is")
+    rows = [time_peers(case) for case in cases() if not late()]
     ratios = {}
     for peer in ("flash-2", "flex", "padded sdpa"):
         for direction in ("forward", "both"):
-            rates = [row[direction] for row in real if {"ours", peer} <= row[direction].keys()]
-            times = [rate["ours"] / rate[peer] for rate in rates]
+            rates = [row[direction] for row in rows if "pack" in row["case"]]
+            times = [rate["ours"] / rate[peer] for rate in rates if {"ours", peer} <= rate.keys()]
             ratios[f"{peer}, {direction}"] = statistics.geometric_mean(times) if times else None
     shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items() if ratio)
     print(f"  times as fast on packs, geometric mean: {shown}")
@@ -503,60 +469,6 @@ def measure_kernel() -> dict:
              if row["longest"] == 8192 and not row["causal"]}
     print(f"  forward at 8192: {at_8k} TFLOP/s (wanted 380 at 64, 430 at 128)")
     return {"rows": rows, "ratios on packs": ratios}
-
-
-SHAPES = [                                   # rows, columns, warps, loads in flight
-    (128, 64, 4, 3),
-    (128, 64, 8, 3),
-    (128, 64, 4, 2),
-    (128, 128, 8, 2),
-    (128, 128, 8, 3),
-    (64, 64, 4, 3),
-    (64, 64, 4, 2),
-    (128, 32, 8, 2),
-    (128, 32, 4, 3),
-    (128, 64, 8, 2),
-    (64, 32, 4, 2),
-    (128, 64, 8, 1)]
-
-
-def sweep_cases() -> list[Case]:
-    _, documents = document_lengths(0, 200 if DRY else 8192)
-    if DRY:
-        return [Case("pack", documents, True, 2, 1, 16, replayed)]
-    cases = [
-        Case("pack", documents, True, 14, 2, 64, replayed),
-        Case("pack", documents, True, 28, 4, 128, replayed)]
-    for D in (64, 128):
-        cases.append(Case("2 x 8192", [8192] * 2, True, 2048 // D, 2048 // D, D, replayed))
-    return cases
-
-
-def measure_sweep() -> dict:
-    """Other tile sizes on a real pack and at 8192; those in inserter.py stand first."""
-    kept = M.tile_shape
-    kernels = {"forward": M.forward_kernel, "queries": M.query_gradient, "keys": M.key_gradient}
-    rows = []
-
-    def try_shape(case: Case, kernel_name: str, shape: tuple | None) -> None:
-        kernel = kernels[kernel_name]
-        M.tile_shape = lambda which, D, dtype: shape if shape and which is kernel else kept(which, D, dtype)
-        name = f"{case.name} {case.D} {kernel_name} {shape or kept(kernel, case.D, HALVES[0])}"
-        times = guarded(f"sweep {name}", time_peer, "ours", ours, case)
-        if times:
-            rows.append({"case": case.name, "D": case.D, "kernel": kernel_name, "shape": shape, **times})
-            own = "" if shape else "   as in inserter.py"
-            print(f"  {name:50} forward {times['forward']:.3f} ms, both {times['both']:.3f} ms{own}")
-
-    try:
-        for case in sweep_cases():
-            for kernel_name in kernels:
-                for shape in [None, *SHAPES[:1 if DRY else None]]:
-                    if not late():
-                        try_shape(case, kernel_name, shape)
-    finally:
-        M.tile_shape = kept
-    return {"rows": rows}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -587,45 +499,104 @@ def step_config() -> Qwen2AudioConfig:
     return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=vocab - 1)
 
 
-def make_sample(sample: Sample, config: Qwen2AudioConfig, rng: np.random.Generator) -> Made:
-    """(ids, labels, clips) of a drawn sample: noise for speech, random words; all text is a target."""
+def make_sample(drawn: Drawn, config: Qwen2AudioConfig, rng: np.random.Generator) -> M.Encoded:
+    """Noise for speech, random words for text; all text is a target."""
     audio = config.audio_token_index
     ids, is_target, clips = [], [], []
-    for kind, n in sample:
-        if kind == "text":
+    for role, n in drawn:
+        if role == "text":
             ids += rng.integers(0, config.text_config.vocab_size - 3, n).tolist()
             is_target += [True] * n
         else:
-            clips.append((0.1 * rng.standard_normal(samples_in(n))).astype(np.float32))
+            clips.append((0.1 * rng.standard_normal(round(n * M.RATE))).astype(np.float32))
             heard = M.audio_positions(len(clips[-1]))
             ids += [audio - 2] + [audio] * heard + [audio - 1]
             is_target += [False] * (heard + 2)
     ids.append(0)
     is_target.append(True)
     labels = [i if target else M.IGNORE for i, target in zip(ids[1:], is_target[1:])]
-    return ids, [*labels, M.IGNORE], clips
+    return M.Encoded("sample", ids, [*labels, M.IGNORE], clips, word_ids=[[] for _ in clips])
 
 
-def our_pack(samples: list[Made], room: int) -> M.Pack:
-    """A pack as the lanes of inserter.py make it."""
-    documents = [M.Encoded("sample", ids, labels, clips, []) for ids, labels, clips in samples]
-    return M.packed(documents, ctc=False, waste=room, skipped=[], cursor={})
+def targets_of(batch: dict[str, Tensor]) -> int:
+    return int((batch["labels"] != M.IGNORE).sum())
 
 
-def their_batches(samples: list[Made], config: Qwen2AudioConfig, at_once: int) -> list[dict[str, Tensor]]:
+def step_flops(config: Qwen2AudioConfig, lengths: Tensor, frames: Tensor, targets: int) -> float:
+    """Multiplications and additions of a step over a batch's real tokens and frames, forward and backward.
+
+    A matrix takes two per entry and row; attention two products of L x L x width per clip, half of that where
+    causal. Nothing that is padded, recomputed or not a matrix product counts.
+
+    lengths: (documents,) positions   frames: (clips,) of 10 ms   targets: positions that have logits
+    """
+    audio = config.audio_config
+    text = config.text_config
+    d = audio.d_model
+    heard = M.convolved(frames).double()     # L of each clip
+    tokens = lengths.double()
+    queries = M.head_size_of(text) * text.num_attention_heads
+    keys = M.head_size_of(text) * text.num_key_value_heads
+    matrices = 4 * d ** 2 + 2 * d * audio.encoder_ffn_dim
+    encoder_block = 2 * matrices * heard.sum() + 4 * d * (heard ** 2).sum()
+    convolutions = 2 * 3 * d * (2 * audio.num_mel_bins + d) * heard.sum()
+    adapter = 2 * text.hidden_size * d * (heard // 2).sum()
+    matrices = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    llm_block = 2 * matrices * tokens.sum() + 2 * queries * (tokens ** 2).sum()
+    head = 2 * text.hidden_size * text.vocab_size * targets
+    forward = convolutions + audio.encoder_layers * encoder_block + adapter
+    return 3 * float(forward + text.num_hidden_layers * llm_block + head)
+
+
+def batch_flops(config: Qwen2AudioConfig, batch: dict[str, Tensor]) -> float:
+    return step_flops(config, batch["lengths"], batch["frames"], targets_of(batch))
+
+
+def padded_flops(config: Qwen2AudioConfig, samples: list[M.Encoded]) -> float:
+    """A step's work when every clip lasts 30 s and logits are made at every position."""
+    lengths = torch.tensor([len(sample.ids) for sample in samples])
+    clips = sum(len(sample.clips) for sample in samples)
+    return step_flops(config, lengths, torch.full((clips,), M.MAX_FRAMES), int(lengths.sum()))
+
+
+def count_operations() -> dict:
+    """Shares of a step's operations: of its time, if all took the same; attention takes more."""
+    config = step_config()
+    sums = Counter()
+    packs = 8
+    for seed in range(packs):
+        pack = draw_pack(seed, PACK_LENGTH)
+        lengths = torch.tensor([positions(drawn) for drawn in pack])
+        frames = torch.tensor([math.ceil(n / M.HOP) for drawn in pack for n in clip_samples(drawn)])
+        targets = sum(tokens for drawn in pack for role, tokens in drawn if role == "text") + len(pack)
+        alone = torch.ones(int(lengths.sum()))           # every position a document of its own
+        total = step_flops(config, lengths, frames, targets)
+        sums["all"] += total
+        sums["LM head"] += total - step_flops(config, lengths, frames, 0)
+        sums["encoder and adapter"] += total - step_flops(config, lengths, frames[:0], targets)
+        sums["LLM, attention"] += total - step_flops(config, alone, frames, targets)
+    sums["LLM, matrices"] = 2 * sums["all"] - sum(sums.values())
+    results = {name: {"TFLOP a pack": work / packs / 1e12, "share": work / sums["all"]}
+               for name, work in sums.items()}
+    shown = [f"{name} {row['TFLOP a pack']:.1f} TFLOP ({row['share']:.0%})" for name, row in results.items()]
+    print("\noperations of a step: " + ", ".join(shown))
+    return results
+
+
+def their_batches(samples: list[M.Encoded], at_once: int) -> list[dict[str, Tensor]]:
     """The same samples for transformers, sorted by length to spare padding; features are made untimed."""
-    extract = WhisperFeatureExtractor(config.audio_config.num_mel_bins)
-    samples = sorted(samples, key=lambda made: len(made[0]))
+    extract = WhisperFeatureExtractor(80)
+    samples = sorted(samples, key=lambda sample: len(sample.ids))
     batches = []
     for start in range(0, len(samples), at_once):
         some = samples[start:start + at_once]
-        ids = [torch.tensor(ids) for ids, _, _ in some]
-        labels = [torch.tensor([M.IGNORE, *labels[:-1]]) for _, labels, _ in some]
+        ids = [torch.tensor(sample.ids) for sample in some]
+        labels = [torch.tensor([M.IGNORE, *sample.labels[:-1]]) for sample in some]
         batch = {
             "input_ids": pad_sequence(ids, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=M.IGNORE)}
-        clips = [clip for _, _, clips in some for clip in clips]
+        clips = [clip for sample in some for clip in sample.clips]
         if clips:
             heard = extract(clips, sampling_rate=M.RATE, return_tensors="pt", return_attention_mask=True)
             batch["input_features"] = heard.input_features
@@ -634,131 +605,11 @@ def their_batches(samples: list[Made], config: Qwen2AudioConfig, at_once: int) -
     return batches
 
 
-def timed_steps(step: Callable, count: int) -> tuple[float, float]:
-    """Median seconds of a step and its largest memory in GB, after warm-up."""
-    for _ in range(1 if DRY else 3):
-        step()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(count):
-        synchronise()
-        begun = time.perf_counter()
-        step()
-        synchronise()
-        seconds.append(time.perf_counter() - begun)
-    memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else 0.0
-    return statistics.median(seconds), memory
-
-
-def mixed_precision() -> torch.autocast:
-    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=not DRY)
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
-
-
-def measure_ours(model: M.InSerter, packs: list[M.Pack], checkpointing: bool, compiled: bool) -> dict:
-    model.recompute = checkpointing
-    if compiled:
-        for block in [*model.audio_tower.layers, *model.language_model.model.layers]:
-            block.compile(backend="eager" if DRY else "inductor")
-    optimizer = optimizer_of(model)
-    turn = iter(packs * 99)
-    torch._dynamo.utils.counters.clear()
-
-    def step() -> None:
-        with mixed_precision():
-            loss = model(**M.batch_of([next(turn)]), chunk=2048)
-        (loss / packs[0].supervised).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    seconds, memory = timed_steps(step, 1 if DRY else 8)
-    work = statistics.mean(M.step_flops(model, pack) for pack in packs)
-    row = {
-        "checkpointing": checkpointing,
-        "compiled": compiled,
-        "compilations": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        "seconds": seconds,
-        "MFU": work / seconds / PEAK,
-        "TFLOP": work / 1e12,
-        "peak GB": memory,
-        "tokens/s": statistics.mean(len(pack.ids) for pack in packs) / seconds,
-        "audio s/s": statistics.mean(len(pack.audio) for pack in packs) / M.RATE / seconds}
-    how = "ours"
-    if checkpointing:
-        how += ", checkpointing"
-    if compiled:
-        how += f", compiled {row['compilations']} x"
-    print(f"  {how:34} {seconds:.4f} s | MFU {row['MFU']:.1%} | {row['tokens/s']:,.0f} tokens/s | "
-          f"{row['audio s/s']:,.0f} audio s/s | {memory:.1f} GB", flush=True)
-    return row
-
-
-def measure_theirs(peer: nn.Module, samples: list[Made], config: Qwen2AudioConfig, packs: int,
-                   at_once: int) -> dict:
-    """All packs' samples in one step, over micro-batches."""
-    batches = their_batches(samples, config, at_once)
-    optimizer = optimizer_of(peer)
-
-    def step() -> None:
-        for batch in batches:
-            with mixed_precision():
-                loss = peer(**batch).loss
-            (loss / len(batches)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    seconds, memory = timed_steps(step, 1 if DRY else 3)
-    how = f"transformers, {at_once} samples at once"
-    print(f"  {how:34} {seconds / packs:.4f} s a pack | {memory:.1f} GB", flush=True)
-    return {"at once": at_once, "seconds": seconds / packs, "peak GB": memory}
-
-
-def padded_flops(samples: list[Made], model: M.InSerter) -> float:
-    """A step's work when every clip lasts 30 s and logits are made at every position."""
-    total = 0.0
-    for ids, _, clips in samples:
-        pack = our_pack([(ids, [0] * len(ids), [])], 0)
-        total += M.step_flops(model, dataclasses.replace(pack, clip_samples=[M.LONGEST] * len(clips)))
-    return total
-
-
-def count_operations() -> dict:
-    """Shares of a step's operations: of its time, if all took the same; attention takes more."""
-    with torch.device("meta"):
-        model = M.InSerter(step_config())
-    rng = np.random.default_rng(0)
-    sums = Counter()
-    n = 8
-    for seed in range(n):
-        drawn, room = draw_pack(random.Random(seed), PACK_LENGTH)
-        pack = our_pack([make_sample(sample, model.config, rng) for sample in drawn], room)
-        alone = list(range(len(pack.ids) + 1))           # every position a document of its own
-        without = {
-            "LM head": dataclasses.replace(pack, supervised=0),
-            "encoder and adapter": dataclasses.replace(pack, clip_samples=[]),
-            "LLM, attention": dataclasses.replace(pack, cu_seqlens=alone)}
-        total = M.step_flops(model, pack)
-        for name, rest in without.items():
-            sums[name] += total - M.step_flops(model, rest)
-        sums["all"] += total
-    sums["LLM, matrices"] = 2 * sums["all"] - sum(sums.values())
-    results = {name: {"TFLOP a pack": work / n / 1e12, "share": work / sums["all"]}
-               for name, work in sums.items()}
-    shown = [f"{name} {row['TFLOP a pack']:.1f} TFLOP ({row['share']:.0%})" for name, row in results.items()]
-    print("\noperations of a step: " + ", ".join(shown))
-    return results
-
-
 def models_for_step(config: Qwen2AudioConfig) -> tuple[M.InSerter, nn.Module, int]:
     """Ours and transformers', of the same random weights; and how many names have no counterpart."""
     with torch.device("meta"):
         model = M.InSerter(config)
     model = model.to_empty(device=DEVICE)
-    model.tie()
     g = torch.Generator(DEVICE).manual_seed(0)
     for name, p in model.named_parameters():
         if p.ndim > 1:
@@ -772,8 +623,9 @@ def models_for_step(config: Qwen2AudioConfig) -> tuple[M.InSerter, nn.Module, in
     names = set(peer.state_dict())
     weights = {their_name(name, names): p for name, p in model.state_dict().items()}
     report = peer.load_state_dict(weights, strict=False)
-    for name, p in peer.named_parameters():
-        p.requires_grad_("embed_positions" not in name)
+    for trained in (model, peer):
+        for name, p in trained.named_parameters():
+            p.requires_grad_("embed_positions" not in name)
     return model, peer, len(report.missing_keys) + len(report.unexpected_keys)
 
 
@@ -788,32 +640,89 @@ def their_name(name: str, names: set[str]) -> str:
     return next((candidate for candidate in candidates if candidate in names), name)
 
 
-def compare_losses(model: M.InSerter, peer: nn.Module, samples: list[Made]) -> dict:
+def compare_losses(model: M.InSerter, peer: nn.Module, samples: list[M.Encoded]) -> dict:
     """Mean losses of the four shortest samples in float32."""
-    few = sorted(samples, key=lambda made: len(made[0]))[:4]
-    pack = our_pack(few, 0)
+    few = sorted(samples, key=lambda sample: len(sample.ids))[:4]
+    batch = M.collate(few, model.mels)
     torch.backends.cudnn.allow_tf32 = False              # their convolutions would be rounded to 10 bits
     with torch.no_grad():
-        mine = float(model(**M.batch_of([pack]), chunk=2048)) / pack.supervised
-        other = float(peer(**their_batches(few, model.config, 4)[0]).loss)
-    agree = abs(mine - other) < 1e-3
-    print(f"  losses of four samples in float32: {mine:.6f} and {other:.6f}{'' if agree else '  DIFFER'}")
-    return {"ours": mine, "transformers": other, "agree": agree}
+        mine = float(model(batch, chunk=2048)) / targets_of(batch)
+        theirs = float(peer(**their_batches(few, 4)[0]).loss)
+    agree = abs(mine - theirs) < 1e-3
+    print(f"  losses of four samples in float32: {mine:.6f} and {theirs:.6f}{'' if agree else '  DIFFER'}")
+    return {"ours": mine, "transformers": theirs, "agree": agree}
+
+
+def timed_steps(model: nn.Module, losses: Callable, count: int) -> dict:
+    """Median seconds of a step and its largest memory, after warm-up; losses(): each micro-batch's in turn."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, fused=True)
+    seconds = []
+    warm = 1 if DRY else 3
+    for number in range(warm + count):
+        synchronise()
+        if number == warm and DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begun = time.perf_counter()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=not DRY):
+            for loss in losses():
+                loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        synchronise()
+        seconds.append(time.perf_counter() - begun)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE.type == "cuda" else 0.0
+    return {"seconds": statistics.median(seconds[warm:]), "peak GB": memory}
+
+
+def measure_ours(model: M.InSerter, packs: list[dict], checkpointing: bool, compiled: bool) -> dict:
+    """One pack a step, in turn; a reading process has made it, log-mel frames included."""
+    model.recompute = checkpointing
+    if compiled:
+        for block in [*model.audio_tower.layers, *model.language_model.model.layers]:
+            block.compile(backend="eager" if DRY else "inductor")
+    turn = iter(packs * 99)
+    torch._dynamo.utils.counters.clear()
+    row = timed_steps(model, lambda: [model(next(turn), chunk=2048) / targets_of(packs[0])], 1 if DRY else 8)
+    seconds = row["seconds"]
+    work = statistics.mean(batch_flops(model.config, pack) for pack in packs)
+    frames = statistics.mean(int(pack["frames"].sum()) for pack in packs)
+    row |= {
+        "checkpointing": checkpointing,
+        "compiled": compiled,
+        "compilations": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "MFU": work / seconds / PEAK_FLOPS,
+        "TFLOP": work / 1e12,
+        "tokens/s": statistics.mean(len(pack["ids"]) for pack in packs) / seconds,
+        "audio s/s": frames * M.HOP / M.RATE / seconds}
+    name = "ours, checkpointing" if checkpointing else "ours"
+    if compiled:
+        name += f", compiled {row['compilations']} x"
+    print(f"  {name:34} {seconds:.4f} s | MFU {row['MFU']:.1%} | {row['tokens/s']:,.0f} tokens/s | "
+          f"{row['audio s/s']:,.0f} audio s/s | {row['peak GB']:.1f} GB", flush=True)
+    return row
+
+
+def measure_theirs(peer: nn.Module, samples: list[M.Encoded], packs: int, at_once: int) -> dict:
+    """All packs' samples in one step, over micro-batches."""
+    batches = their_batches(samples, at_once)
+    row = timed_steps(peer, lambda: (peer(**batch).loss / len(batches) for batch in batches), 1 if DRY else 3)
+    row |= {"at once": at_once, "seconds": row["seconds"] / packs}
+    print(f"  {f'transformers, {at_once} samples at once':34} {row['seconds']:.4f} s a pack | "
+          f"{row['peak GB']:.1f} GB", flush=True)
+    return row
 
 
 def measure_step() -> dict:
     config = step_config()
     rng = np.random.default_rng(0)
-    drawn = [draw_pack(random.Random(seed), PACK_LENGTH) for seed in range(1 if DRY else 2)]
-    made = [[make_sample(sample, config, rng) for sample in samples] for samples, _ in drawn]
-    packs = [our_pack(some, room) for some, (_, room) in zip(made, drawn)]
-    samples = [sample for some in made for sample in some]
+    made = [[make_sample(drawn, config, rng) for drawn in draw_pack(seed, PACK_LENGTH)]
+            for seed in range(1 if DRY else 2)]
+    samples = [sample for pack in made for sample in pack]
+    packs = [M.collate(pack, config.audio_config.num_mel_bins) for pack in made]
     model, peer, unmatched = models_for_step(config)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    clips = statistics.mean(len(pack.clip_samples) for pack in packs)
-    seconds = statistics.mean(len(pack.audio) for pack in packs) / M.RATE
-    print(f"\ntraining step: {count / 1e6:.0f} M parameters, packs of {PACK_LENGTH}, {clips:.0f} clips and "
-          f"{seconds:.0f} s of speech a pack, AdamW, bfloat16 autocast")
+    print(f"\ntraining step: {count / 1e6:.0f} M parameters, {len(packs)} packs of {PACK_LENGTH} with "
+          f"{sum(len(pack['frames']) for pack in packs)} clips, AdamW, bfloat16 autocast")
     results = {
         "parameters": count,
         "unmatched names": unmatched,
@@ -829,13 +738,14 @@ def measure_step() -> dict:
     free_memory()
     for at_once in (2,) if DRY else (4, 8, 16):
         if not late():
-            row = guarded(f"their step {at_once}", measure_theirs, peer, samples, config, len(packs), at_once)
+            row = guarded(f"their step {at_once}", measure_theirs, peer, samples, len(packs), at_once)
             if row:
                 results["transformers"].append(row)
     if results["ours"] and results["transformers"]:
         best, theirs = (min(row["seconds"] for row in results[who]) for who in ("ours", "transformers"))
         results["ratio"] = theirs / best
-        results["by FLOPs"] = padded_flops(samples, model) / sum(M.step_flops(model, pack) for pack in packs)
+        work = sum(batch_flops(config, pack) for pack in packs)
+        results["by FLOPs"] = padded_flops(config, samples) / work
         print(f"  {results['ratio']:.1f} times as fast (wanted 3), by FLOPs {results['by FLOPs']:.1f}; "
               "MFU wanted 45 %")
     return results
@@ -850,22 +760,22 @@ def measure_tiny(folder: Path) -> dict:
     if importlib.util.find_spec("espeakng_loader") is None:
         print("\nthe tiny run is left out: espeakng_loader is not installed")
         return {"left out": "espeakng_loader is not installed"}
-    steps = 2 if DRY else 200
     settings = [
         "run=gpu",
         f"data={folder / 'data'}",
-        "synth.documents=2000",
+        f"synth.documents={80 if DRY else 2000}",
         "synth.held_out_documents=40",
-        "synth.shard_documents=500",
+        f"synth.shard_documents={40 if DRY else 500}",
         "synth.shards={interleaved: 1, tasks: 1, text: 1, chat: 1}",
-        "train.eval_samples=8"]
-    for stage in ("warmup_hear", "warmup_text", "warmup_speech", "pretrain", "sft"):
-        settings.append(f"train.stages.{stage}.steps={steps}")
+        "train.eval_samples=8",
+        "train.log_every=2"]
+    for stage in ("warmup_hear", "warmup_speech", "warmup_text", "pretrain", "sft"):
+        settings.append(f"train.stages.{stage}.steps={2 if DRY else 200}")
     begun = time.perf_counter()
     command = [sys.executable, str(ROOT / "inserter.py"), *settings]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
     lines = done.stdout.splitlines()
-    print("\n" + "\n".join([*lines[:3], *lines[-6:]]))
+    print("\n" + "\n".join([*lines[:7], *lines[-6:]]))
     if done.returncode:
         raise RuntimeError(done.stderr[-1500:])
     rows = (folder / "runs" / "gpu" / "metrics.jsonl").read_text().splitlines()
@@ -896,43 +806,35 @@ def about_machine() -> dict:
     return machine
 
 
-def main(arguments: list[str]) -> int:
-    if not arguments:
-        print("Give the folder for gpu.json: python tests/gpu.py FOLDER", file=sys.stderr)
-        return 2
-    folder = Path(arguments[0]).resolve()
+def main(arguments: list[str]) -> None:
     measures = {
         "correct": measure_correctness,
         "kernel": measure_kernel,
         "operations": count_operations,
         "step": measure_step,
-        "tiny": partial(measure_tiny, folder),
-        "sweep": measure_sweep}
-    chosen = arguments[1:] or [name for name in measures if name != "sweep"]
-    needs_gpu = set(chosen) != {"operations"}
-    if not DRY and needs_gpu and not torch.cuda.is_available():
-        print("tests/gpu.py needs a CUDA GPU, and torch finds none here.", file=sys.stderr)
-        return 2
-    unknown = [name for name in chosen if name not in measures]
-    if unknown:
-        print(f"{unknown[0]} is none of {', '.join(measures)}.", file=sys.stderr)
-        return 2
-    folder.mkdir(parents=True, exist_ok=True)
-    if needs_gpu:
+        "tiny": lambda: measure_tiny(folder)}
+    if not arguments or not set(arguments[1:]) <= measures.keys():
+        sentence = "Give the folder for gpu.json, and no or some of its parts: python experiments/gpu.py FOLDER"
+        raise M.UserError(f"{sentence} [{'] ['.join(measures)}].")
+    folder = Path(arguments[0]).resolve()
+    chosen = arguments[1:] or list(measures)
+    if chosen != ["operations"]:
+        if not DRY and not torch.cuda.is_available():
+            raise M.UserError("experiments/gpu.py needs a CUDA GPU, and torch finds none here.")
         measures["machine"] = about_machine
         chosen = ["machine", *chosen]
+    folder.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         if late():
             RESULTS["errors"][name] = "left out: no time"
-            continue
-        RESULTS[name] = guarded(name, measures[name])
+        else:
+            RESULTS[name] = guarded(name, measures[name])
         RESULTS["seconds"] = time.perf_counter() - BEGUN
         (folder / "gpu.json").write_text(json.dumps(RESULTS, indent=1) + "\n")
     errors = RESULTS["errors"]
     names = f": {', '.join(errors)}" if errors else ""
     print(f"\n{RESULTS['seconds']:.0f} s, {len(errors)} failures{names}; {folder.name}/gpu.json is written")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    M.synth.run(main)
