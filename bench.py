@@ -493,14 +493,15 @@ def is_judged(row: dict) -> bool:
 # 5. Figures, and the table
 #
 # Every figure is a ratio of sums over rows: one function tells what a row adds to each, and one bootstrap
-# over rows gives the intervals: draw n rows of n with replacement, some thousand times, keep the middle 95
-# % of the ratios.
+# over rows gives the intervals: draw n rows of n with replacement, some thousand times, and keep the middle
+# 95 % of the ratios.
 # --------------------------------------------------------------------------------------------------
 
 Count = tuple[float, float]            # (numerator, denominator) that a row adds to a figure
 Figure = list[float] | None            # [ratio, lower end, upper end of its interval]
 # What the table shows; results.json has all figures.
 SHOWN = ("strict-prompt", "mean-prompt", "mean-instruction", "prompt", "instruction", "IAR", "ECR", "WER")
+SHOWN_OF_TINY = ("strict-prompt", "IAR", "ECR", "WER")
 
 
 def all_followed(judged: Verdicts) -> bool | None:
@@ -646,7 +647,7 @@ def cell(value: object) -> str:
     ('61.3 [56, 67]', '-', 'closed')
     """
     if isinstance(value, list):
-        return "{:.1f} [{:.0f}, {:.0f}]".format(*(100 * share for share in value))
+        return "{:.1f} [{:.0f}, {:.0f}]".format(*(100 * number for number in value))
     return "-" if value is None else str(value)
 
 
@@ -726,7 +727,7 @@ def condition_rows(task: dict, n: int, c: Settings, timbres: list[str], rng: ran
 
 
 def draw_voice(c: Settings, unheard: list[str], rng: random.Random, **style: list) -> dict:
-    """A voice of a timbre that training never hears, at its accents, rates and pitches, or as a style says."""
+    """A voice that training never hears, in its accents, at its rates and pitches, or as `style` says."""
     familiar = {"timbres": unheard, "accents": c.synth.accents["en"], "rate": c.synth.rate}
     ranges = familiar | {"pitch": c.synth.pitch} | style
     timbre = rng.choice(ranges.pop("timbres"))
@@ -1014,7 +1015,8 @@ def score(c: Settings, prefix: str, rows: Rows, about: dict) -> tuple[Rows, Rows
         rows = judge_rows(c, Path(f"{prefix}votes.jsonl"), rows)
     scored = [verdicts(row) for row in rows]
     lines = list(results(scored, c.bench.bootstrap))
-    shown = [line for line in lines if line["figure"] in SHOWN]
+    is_tiny = any("constraint" in row for row in rows)
+    shown = [line for line in lines if line["figure"] in (SHOWN_OF_TINY if is_tiny else SHOWN)]
     counts = {
         "missing": sum(row.get("response") is None for row in rows),
         "truncated": sum(row.get("truncated", False) for row in rows),
@@ -1024,7 +1026,7 @@ def score(c: Settings, prefix: str, rows: Rows, about: dict) -> tuple[Rows, Rows
     about |= {"judge": c.judge, "bootstrap": c.bench.bootstrap} | versions | counts | {"figures": lines}
     synth.write_whole(Path(f"{prefix}scored.jsonl"), jsonl(scored))
     synth.write_whole(Path(f"{prefix}results.json"), json.dumps(about, indent=1).encode())
-    if any("constraint" in row for row in rows):
+    if is_tiny:
         print(WARNING)
     print_results(shown)
     print(", ".join(f"{name}: {count}" for name, count in counts.items()))

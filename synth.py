@@ -19,8 +19,8 @@ A DOCUMENT is a line of the corpus: {"text"} or {"messages": [{"role", "content"
 
 A SAMPLE is what a shard holds and what inserter.py trains on, the same for every recipe:
 
-    {"id": "interleaved-train-000017",      no dots in it; the files are <id>.json, <id>.00.flac, …
-     "recipe": "interleaved",               which of RECIPES made it
+    {"id": "interleaved-train-000003-000017",     no dots in it; the files are <id>.json, <id>.00.flac, …
+     "recipe": "interleaved",                     which of RECIPES made it
      "lang": "en",
      "parts": [{"role": "text", "text": "tom puts the ", "loss": true},
                {"role": "speech", "text": "ball in the old garden", "audio": "00.flac", "seconds": 1.62,
@@ -937,8 +937,8 @@ def read_documents(path) -> Iterator[dict]:
                 if any(texts_of(document)):
                     yield document
     except (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f'{path}, line {number + 1}, is no document ({error!r}); it needs "text", or "messages" '
-                        f'[{{"role", "content"}}] with roles of {", ".join(ROLES)}.') from None
+        raise UserError(f'{path}, line {number + 1}, is no document ({error!r}); it needs "text", or '
+                        f'"messages" [{{"role", "content"}}] with roles of {", ".join(ROLES)}.') from None
 
 
 def document_of(row) -> dict:
@@ -1178,7 +1178,9 @@ def make_shards(c):
         folder = Path(c.data) / recipe
         keep_settings(c, folder, shaping, begun=any(folder.glob("*.tar")))
     share, shares = map(int, (c.shard or "0/1").split("/"))
-    make_missing(c, [key for key in wanted[share::shares] if not shard_path(c, *key).is_file()])
+    missing = [key for key in wanted[share::shares] if not shard_path(c, *key).is_file()]
+    if missing:
+        make_missing(c, missing)
     report(c, [key for key in wanted if shard_path(c, *key).is_file()])
 
 

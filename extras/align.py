@@ -215,15 +215,15 @@ def main(arguments: list[str]) -> None:
     if before and not settings_path.is_file():
         raise UserError(f"{path} was not begun by this script, so it is not continued; choose another file.")
     whole = 0 if c.fresh else before.rfind(b"\n") + 1       # a killed run may have left half a line
+    given = list(itertools.islice(openings(c), c.documents)) if c.given else [{}] * c.documents
+    if not given:
+        raise UserError(f"given={c.given} has no question to answer and no text of two sentences to "
+                        "continue; give another corpus.")
     llm, tok, checksum = load_writer(c)
     shaping = {name: c[name] for name in OPTIONS if name not in ("to", "documents", "batch")}
     shaping |= {"model": checksum, "seed": c.seed, "precision": c.train.precision}
     remedy = f"choose another file than {path}, or fresh=true"
     synth.same_settings(settings_path, shaping, remedy, begun=whole > 0)
-    given = list(itertools.islice(openings(c), c.documents)) if c.given else [{}] * c.documents
-    if not given:
-        raise UserError(f"given={c.given} has no question to answer and no text of two sentences to "
-                        "continue; give another corpus.")
     first = json.loads(before[:whole].splitlines()[-1])["number"] + 1 if whole else 0
     kept = 0
     with open(path, "a", encoding="utf-8") as file:

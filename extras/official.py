@@ -2,9 +2,10 @@
 
 bench.py judges by what an instruction says. The official evaluator differs where it is at fault:
 
-- It drops arguments that are 0 or empty and draws others at random; so it does for negative numbers, for a letter outside
-  a-z, and for a paragraph beyond the last. Here these have no verdict.
-- It stops at a language that it does not list, "zh" for one, and at a keyword that is no regular expression: no verdict.
+- It drops arguments that are 0 or empty and draws others at random; so it does for negative numbers, for a
+  letter outside a-z, and for a paragraph beyond the last. Here these have no verdict.
+- It stops at a language that it does not list, "zh" for one, and at a keyword that is no regular expression:
+  no verdict.
 - A text whose language cannot be told follows every instruction about its language.
 - Keywords and the names of sections are patterns: "d.y" is found in "day".
 - A row without an answer is left out, and is no failure.
@@ -13,10 +14,10 @@ bench.py judges by what an instruction says. The official evaluator differs wher
 Its sentences and words in capitals are those of nltk, whose model is a download of its own:
 python -m nltk.downloader punkt_tab. Where it is missing, bench.py's rule stands in, and that is said.
 
-    python extras/official.py score=A.jsonl suite=closed             to stand beside published scores
+    python extras/official.py score=A.jsonl suite=closed            to stand beside published scores
     python extras/official.py score=A.jsonl,B.jsonl suite=closed
-    python extras/official.py prompts=FOLDER judge=ADDRESS,MODEL     ask the run, and score it so
-    python extras/official.py conformance=closed.jsonl.gz            compare with verdicts of the evaluator itself
+    python extras/official.py prompts=FOLDER judge=ADDRESS,MODEL    ask the run, and score it so
+    python extras/official.py conformance=closed.jsonl.gz           compare with the evaluator's own verdicts
 """
 import sys
 from pathlib import Path
@@ -164,8 +165,8 @@ def install() -> None:
     bench.majority = majority
     bench.verdicts = without_missing(bench.verdicts)
     if punkt() is None:
-        print("nltk's sentence model is missing (python -m nltk.downloader punkt_tab): sentences and words in "
-              "capitals are counted by bench.py's rule, which seldom differs.")
+        print("nltk's sentence model is missing (python -m nltk.downloader punkt_tab): sentences and words "
+              "in capitals are counted by bench.py's rule, which seldom differs.")
 
 
 # --------------------------------------------------------------------------------------------------

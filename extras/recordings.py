@@ -38,13 +38,12 @@ from tqdm import tqdm
 import bench
 import inserter
 import synth
+from inserter import InSerter, Tokenizer
 from synth import RATE, Settings, UserError
 
-# libsndfile's note of a WAV file whose data end before its header says. Programs that write to a pipe do not
-# know the length, and say 2 or 4 GB.
-ENDS_EARLY = re.compile(r"^data : (\d+) \(should be", re.M)
-UNKNOWN_LENGTH = 2 ** 31 - 4096
-ROUNDING = 0.1                  # seconds that a manifest's duration may be too long
+ENDS_EARLY = re.compile(r"^data : (\d+) \(should be", re.M)      # libsndfile notes it of a WAV cut short
+UNKNOWN_LENGTH = 2 ** 31 - 4096     # bytes; programs that write to a pipe say 2 or 4 GB
+ROUNDING = 0.1                      # seconds that a manifest's duration may be too long
 
 
 # 1. From a line to a clip and a sample ------------------------------------------------------------
@@ -78,11 +77,10 @@ def read_clip(recording: dict, longest: float) -> tuple[np.ndarray, str | None]:
     Recordings longer than `longest` seconds are rejected from their header, without decoding.
     """
     nothing = np.zeros(0, np.float32)
-    path = recording["audio_filepath"]
-    if not os.path.isfile(path):
+    if not os.path.isfile(recording["audio_filepath"]):
         return nothing, "no such file"
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(recording["audio_filepath"]) as file:
             early = ENDS_EARLY.search(file.extra_info)
             is_short = early is not None and int(early[1]) < UNKNOWN_LENGTH
             file.seek(round(recording.get("offset", 0.0) * file.samplerate))
@@ -139,11 +137,11 @@ def make_shard(c: Settings, path: Path, first: int, recordings: list[dict]) -> N
             if unfit:
                 counts[f"rejected: {unfit}"] += 1
                 continue
-            sample = {"id": f"recordings-train-{number:06d}", "recipe": "tasks",
-                      "lang": recording.get("lang", c.synth.lang), **task_sample(recording)}
-            sample["parts"][0]["seconds"] = round(seconds, 3)
-            samples.append(sample)
-            clips[sample["id"]] = {"00.flac": flac}
+            name = f"recordings-train-{number:06d}"
+            clips[name] = {"00.flac": flac}
+            lang = recording.get("lang", c.synth.lang)
+            samples.append({"id": name, "recipe": "tasks", "lang": lang} | task_sample(recording))
+            samples[-1]["parts"][0]["seconds"] = round(seconds, 3)
             counts["seconds"] += seconds
     if counts["rejected: no such file"] == len(recordings):
         raise UserError(f"None of {len(recordings)} recordings from {recordings[0]['audio_filepath']} on is "
@@ -191,11 +189,8 @@ def compared(row: dict) -> dict[str, tuple[int, int]]:
         "exact": (int(wanted == said), 1)}
 
 
-def ask_run(c: Settings, run: tuple, path: Path, recordings: list[dict]) -> list[dict]:
-    """The recordings with the responses of `run`, (model, tokenizer); None where the clip is unfit.
-
-    `path` keeps the responses as they come, so that a stopped run goes on.
-    """
+def ask(c: Settings, model: InSerter, tok: Tokenizer, recordings: list[dict], path: Path) -> list[dict]:
+    """The recordings with their responses, None where a clip is unfit; `path` keeps them as they come."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     done = {row["number"]: row for row in map(json.loads, lines)}
     todo = [number for number in range(len(recordings)) if number not in done]
@@ -205,8 +200,8 @@ def ask_run(c: Settings, run: tuple, path: Path, recordings: list[dict]) -> list
             clip, unfit = read_clip(recordings[number], longest=30.0)       # of Whisper's window
             if not unfit and inserter.audio_positions(len(clip)):
                 question = {"parts": task_sample(recordings[number])["parts"][:2]}
-                prompts[number] = inserter.encode(question, {"00.flac": clip}, run[1], reply=True)
-        responses = inserter.complete(*run, list(prompts.values()), c.max_tokens, c.bench.batch)
+                prompts[number] = inserter.encode(question, {"00.flac": clip}, tok, reply=True)
+        responses = inserter.complete(model, tok, list(prompts.values()), c.max_tokens, c.bench.batch)
         for number, (text, _) in zip(prompts, responses):
             done[number] = {"number": number} | recordings[number] | {"response": text.strip()}
         lines = [json.dumps(done[number], ensure_ascii=False) + "\n" for number in sorted(done)]
@@ -219,8 +214,8 @@ def score(c: Settings) -> None:
     manifest = Path(c.manifest)
     recordings = list(read_manifest(manifest))
     if not recordings:
-        raise UserError(f"{manifest} names no recording; each line needs audio_filepath and text.")
-    run = inserter.load_run(c)
+        raise UserError(f"{manifest} names no recording.")
+    model, tok = inserter.load_run(c)
     path = inserter.run_folder(c) / "recordings" / f"{manifest.stem}.jsonl"
     if c.fresh:
         path.unlink(missing_ok=True)
@@ -229,12 +224,12 @@ def score(c: Settings) -> None:
     shaping = checksums | {"max_tokens": c.max_tokens}
     synth.same_settings(Path(f"{path}.yaml"), shaping, "ask anew with fresh=true", begun=path.is_file())
     groups = defaultdict(list)
-    for row in ask_run(c, run, path, recordings):
+    for row in ask(c, model, tok, recordings, path):
         groups[row.get("task", "transcribe"), row.get("lang", c.synth.lang)].append(row)
     results = []
     for (task, lang), rows in sorted(groups.items()):
-        unread = sum(row["response"] is None for row in rows)
-        results.append({"task": task, "lang": lang, "count": len(rows), "unread": unread})
+        unfit = sum(row["response"] is None for row in rows)
+        results.append({"task": task, "lang": lang, "count": len(rows), "unfit": unfit})
         for metric in ("WER", "CER", "exact"):
             counts = [compared(row)[metric] for row in rows]
             results[-1][f"{metric} %"] = bench.estimate(counts, c.bench.bootstrap)
@@ -246,10 +241,8 @@ def main(arguments: list[str]) -> None:
     c = synth.load_config(arguments, manifest="", score=False, max_tokens=256)          # of an answer
     if not c.manifest:
         raise UserError("manifest=FILE.json is missing: recordings, one JSON object a line.")
-    if c.score:
-        score(c)
-    else:
-        make_shards(c)
+    use = score if c.score else make_shards
+    use(c)
 
 
 if __name__ == "__main__":

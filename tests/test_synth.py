@@ -227,8 +227,8 @@ def test_the_words_are_consistent():
         following = dict(zip(names, [*names[1:], names[0]]))
         assert facts[table] == {f"after {a}": b for a, b in following.items()} | {f"before {b}": a for a, b in following.items()}
     assert all(facts["opposite"][y] == x for x, y in facts["opposite"].items())
-    for table in facts.values():
-        assert len(set(table.values())) == len(table)              # an answer belongs to one argument alone
+    for name, table in facts.items():
+        assert len(set(table.values())) == len(table) / (2 if name in ("day", "month") else 1)   # no answer serves two
     for rule in synth.CONSTRAINTS.values():
         for value, kwargs in rule["values"].items():
             words = str(value).split()
@@ -757,7 +757,7 @@ def own_voices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     (folder / "my_tts.py").write_text(TTS)
     (folder / "espeakng_loader.py").write_text("raise ModuleNotFoundError('not needed here')")
-    arguments = [*TWO_WORKERS, "synth.engine=python:my_tts:speak", "data=data",
+    arguments = [*TWO_WORKERS, "synth.engine=python:my_tts:speak", "data=data", "synth.shards={interleaved: 4, tasks: 1}",
                  "synth.noise={share: 1.0, recipes: [interleaved, tasks, chat]}"]
     return folder, arguments, command(*arguments, folder=folder)
 
@@ -804,7 +804,7 @@ def test_speech_that_fails_the_gate_becomes_text_again_and_is_counted(own_voices
             reasons["clips"] += len(files)
             assert all(np.isfinite(synth.decode_flac(data)).all() for data in files.values())
     assert counted["rejected: silent"] > 20 and counted["rejected: clipped"] > 5 and counted["clips"] == reasons["clips"] > 5
-    assert counted["rejected: not finite"] > 5
+    assert counted["rejected: not finite"] > 2
     assert re.search(r"interleaved .* words; \d+ rejected: clipped, \d+ rejected: not finite, \d+ rejected: silent\n", process.stdout)
 
 
