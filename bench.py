@@ -40,6 +40,8 @@ Run it:
     python bench.py prompts=FOLDER judge=ADDRESS,MODEL          with SpeechInstructBench's own files
     python bench.py score=A.jsonl suite=closed                  score a file of answers
     python bench.py score=A.jsonl,B.jsonl suite=closed          two systems and their difference
+
+Names: `c` is all settings, `row` a dict of the fields above, `folder` a Path, `rng` a random.Random.
 """
 import collections
 import concurrent.futures
@@ -52,9 +54,7 @@ import random
 import re
 import shutil
 import string
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import langdetect
@@ -81,13 +81,13 @@ SILENCE = "floor: silence"             # the model is fed silence as long as the
 Rows = list[dict]
 
 
-def jsonl(rows: Rows) -> bytes:
+def jsonl(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def read_jsonl(path: Path) -> list:
+def read_jsonl(path):
     """The values of a file's lines. UserError names the line that is no JSON, or has a field twice."""
-    def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    def without_repeats(pairs):
         if len(dict(pairs)) < len(pairs):          # json alone would keep the last and drop the others
             raise ValueError("a field is named twice")
         return dict(pairs)
@@ -101,7 +101,7 @@ def read_jsonl(path: Path) -> list:
     return values
 
 
-def read_rows(path: Path, **known: str) -> Rows:
+def read_rows(path, **known):
     """Read and check rows; `known` has fields of those that do not say them themselves."""
     rows = []
     for number, row in enumerate(read_jsonl(path), 1):
@@ -115,7 +115,7 @@ def read_rows(path: Path, **known: str) -> Rows:
     return rows
 
 
-def check_row(row: dict, where: str) -> None:
+def check_row(row, where):
     """Refuse a row that cannot be scored, by scoring an empty answer; UserError says `where` it stands."""
     for field, valid in (("suite", SUITES), ("condition", [*CONDITIONS, SILENCE])):
         if row.get(field) not in valid:
@@ -143,7 +143,7 @@ CHINESE = "[\u4e00-\u9fff]"
 CHINESE_MARKS = "，。！？；：“”‘’（）—【】《》〈〉、·"
 
 
-def words_of(text: str) -> list[str]:
+def words_of(text):
     """Lower-cased words without punctuation.
 
     >>> words_of("P.S. It's RED!")
@@ -152,24 +152,24 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
 
 
-def unmarked(text: str) -> str:
+def unmarked(text):
     """Lower-cased, without any punctuation mark, English or Chinese."""
     return text.strip().lower().translate(dict.fromkeys(map(ord, string.punctuation + CHINESE_MARKS)))
 
 
-def occurrences(word: str, text: str) -> int:
+def occurrences(word, text):
     return text.lower().count(word.lower())
 
 
-def has_word(text: str, word: str) -> bool:
+def has_word(text, word):
     return re.search(rf"\b{re.escape(word)}\b", text, re.I) is not None
 
 
-def compare(count: int, relation: str, limit: int) -> bool:
+def compare(count, relation, limit):
     return {"less than": count < limit, "at least": count >= limit}[relation]
 
 
-def texts_between(divider: str, text: str) -> list[str]:
+def texts_between(divider, text):
     """The texts between dividers; nothing if any is empty but the very first and last."""
     texts = [piece.strip() for piece in text.split(divider)]
     if not all(texts[1:-1]):
@@ -177,19 +177,19 @@ def texts_between(divider: str, text: str) -> list[str]:
     return [piece for piece in texts if piece]
 
 
-def two_responses(text: str) -> bool:
+def two_responses(text):
     """Two different texts with six asterisks between them."""
     responses = texts_between("******", text)
     return len(responses) == 2 and responses[0] != responses[1]
 
 
-def has_postscript(text: str, postscript_marker: str) -> bool:
+def has_postscript(text, postscript_marker):
     """The marker, or any other way to write P.S."""
     marker = re.escape(postscript_marker.strip().lower())
     return re.search(rf"\bps\b|\bp\.\s*s\.|\b{marker}\b", text.lower()) is not None
 
 
-def is_json(text: str) -> bool:
+def is_json(text):
     """JSON, with or without a fence around it."""
     fenced = re.fullmatch("(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?(.*?)(?:```)?", text.strip(), re.S)
     try:
@@ -199,12 +199,12 @@ def is_json(text: str) -> bool:
     return True
 
 
-def bullets(text: str) -> int:
+def bullets(text):
     """Lines that start with a single asterisk or a dash."""
     return len(re.findall(r"^\s*\*[^*].*$", text, re.M)) + len(re.findall(r"^\s*-.*$", text, re.M))
 
 
-def highlights(text: str) -> int:
+def highlights(text):
     """Non-empty *sections* and **sections**, which count twice where single asterisks enclose text too."""
     single = re.findall(r"\*[^\n*]*\*", text)
     double = re.findall(r"\*\*[^\n*]*\*\*", text)
@@ -213,13 +213,13 @@ def highlights(text: str) -> int:
     return len(filled)
 
 
-def has_title(text: str) -> bool:
+def has_title(text):
     """A text between << and >>, or between 《 and 》."""
     titles = re.findall(r"<<[^\n]+>>", text.replace("《", "<<").replace("》", ">>"))
     return any(title.lstrip("<").rstrip(">").strip() for title in titles)
 
 
-def nth_paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
     """Paragraphs stand between empty lines; of one with Chinese in it the first word is a prefix."""
     paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
     if sum(map(bool, paragraphs)) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
@@ -278,7 +278,7 @@ OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.",
 
 # The tiny suite's answers are a few words long: too short to tell their language.
 
-def answers_with(text: str, kind: str, words: list[str]) -> bool:
+def answers_with(text, kind, words):
     """Of all words that can answer this kind exactly the expected ones, in order: naming all colours fails.
 
     >>> answers_with("It is yellow.", "colour", ["yellow"]), answers_with("yellow red", "colour", ["yellow"])
@@ -327,7 +327,7 @@ CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(
 WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2,}|[:,](?!\d)""")
 
 
-def sentence_count(text: str) -> int:
+def sentence_count(text):
     """Sentences: between 。！ and ？ as soon as one character is Chinese, else by `ends_sentence`.
 
     >>> sentence_count("Dr. Mo is in. Is he? Yes, since 3.5 hours.")
@@ -339,7 +339,7 @@ def sentence_count(text: str) -> int:
     return bool(text) + sum(map(ends_sentence, SENTENCE_MARK.finditer(text)))
 
 
-def ends_sentence(mark: re.Match) -> bool:
+def ends_sentence(mark):
     """Whether a SENTENCE_MARK ends a sentence: not after "e.g.", an initial, or "3." before small letters."""
     word, dots, closing, after = mark.groups()
     word = word.lower().lstrip("*'_-")
@@ -355,18 +355,18 @@ def ends_sentence(mark: re.Match) -> bool:
     return not (re.fullmatch(r"[\d.,-]+", word) and after[:1].islower())
 
 
-def word_count(text: str) -> int:
+def word_count(text):
     """Words, or Chinese characters as soon as there is one."""
     return len(re.findall(CHINESE, text)) or len(re.findall(r"\w+", text))
 
 
-def capital_words(text: str) -> int:
+def capital_words(text):
     """Words in capitals, cut up as the Penn Treebank does: "CAN'T STOP" has three, CA, N'T and STOP."""
     return sum(word.isupper() for word in WORD_GAP.split(CONTRACTION.sub(" ", text)))
 
 
 @functools.cache                       # the loose variants of an answer are often the same text
-def language_of(text: str) -> str | None:
+def language_of(text):
     """The text's language as langdetect names it (zh-cn, zh-tw), always the same; None if it finds none."""
     langdetect.DetectorFactory.seed = 0
     try:
@@ -386,7 +386,7 @@ def language_of(text: str) -> str | None:
 Verdicts = list[bool | None]           # None where no verdict can be given
 
 
-def follows(response: str, checks: dict) -> Verdicts:
+def follows(response, checks):
     """A verdict for each of the `checks`: a row, or a part of one with `instruction_id_list` and `kwargs`.
 
     Where two responses were asked for, the content must be right in both.
@@ -410,7 +410,7 @@ def follows(response: str, checks: dict) -> Verdicts:
     return followed
 
 
-def loose_variants(response: str) -> list[str]:
+def loose_variants(response):
     """IFEval's eight: as it is, without the first line, the last, both; and these without asterisks.
 
     >>> loose_variants("Sure:\\n*red*")
@@ -423,7 +423,7 @@ def loose_variants(response: str) -> list[str]:
     return variants + [text.replace("*", "") for text in variants]
 
 
-def strict_and_loose(response: str, checks: dict) -> dict[str, Verdicts]:
+def strict_and_loose(response, checks):
     """Verdicts on the answer as it is (strict), and whether any of its variants is right (loose).
 
     >>> checks = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
@@ -439,7 +439,7 @@ def strict_and_loose(response: str, checks: dict) -> dict[str, Verdicts]:
     return {"strict": judged[0], "loose": loose}
 
 
-def vote_of(reply: str, count: int) -> list[bool] | None:
+def vote_of(reply, count):
     """A judge's reply as a verdict for each of `count` questions; None if it is malformed.
 
     >>> vote_of('["YES", "no"]', 2), vote_of('["YES"]', 2), vote_of("I would say YES", 1)
@@ -452,7 +452,7 @@ def vote_of(reply: str, count: int) -> list[bool] | None:
     return [word == "YES" for word in words]
 
 
-def majority(row: dict) -> dict:
+def majority(row):
     """The verdicts of a row's votes. YES needs more than half of the well-formed ones, so a tie is NO.
 
     Without a response nothing is followed; without a vote there are no verdicts.
@@ -472,7 +472,7 @@ def majority(row: dict) -> dict:
     return {"strict": decided[:end], "withdrawn_strict": decided[end:], "malformed": malformed}
 
 
-def verdicts(row: dict) -> dict:
+def verdicts(row):
     """A scored row: the row with its verdicts. Without a response nothing is followed."""
     if is_judged(row):
         return row | majority(row)
@@ -485,7 +485,7 @@ def verdicts(row: dict) -> dict:
     return scored
 
 
-def is_judged(row: dict) -> bool:
+def is_judged(row):
     return row["suite"] == "open" or (row["suite"] == "adjustment" and "withdrawn" not in row)
 
 
@@ -504,12 +504,12 @@ SHOWN = ("strict-prompt", "mean-prompt", "mean-instruction", "prompt", "instruct
 SHOWN_OF_TINY = ("strict-prompt", "IAR", "ECR", "WER")
 
 
-def all_followed(judged: Verdicts) -> bool | None:
+def all_followed(judged):
     """Are all of a row's instructions followed? None where one verdict is None, or there are none."""
     return None if None in judged or not judged else all(judged)
 
 
-def share(judged: Verdicts) -> Count:
+def share(judged):
     """What verdicts add to a figure; None is left out.
 
     >>> share([True, False]), share([True, None])
@@ -519,7 +519,7 @@ def share(judged: Verdicts) -> Count:
     return sum(known), len(known)
 
 
-def contributions(row: dict) -> dict[str, Count]:
+def contributions(row):
     """What a scored row adds to each figure, at prompt level and at instruction level.
 
     IAR: the correction is followed; ECR: what was taken back is followed (lower is better). WER: word errors.
@@ -549,7 +549,7 @@ def contributions(row: dict) -> dict[str, Count]:
     }
 
 
-def estimate(counts: list[Count], resamples: int) -> Figure:
+def estimate(counts, resamples):
     """Ratio of sums and its 95 % bootstrap interval.
 
     The seed is the number of rows, so that the same answers give the same figures everywhere.
@@ -566,11 +566,11 @@ def estimate(counts: list[Count], resamples: int) -> Figure:
     return [float(top.sum() / bottom.sum()), *np.nanpercentile(ratios, [2.5, 97.5]).tolist()]
 
 
-def figure(rows: Rows, metric: str, resamples: int) -> Figure:
+def figure(rows, metric, resamples):
     return estimate([contributions(row)[metric] for row in rows], resamples)
 
 
-def difference(first: Rows, second: Rows, metric: str, resamples: int) -> Figure:
+def difference(first, second, metric, resamples):
     """The first rows' figure minus the second's, over the pairs in which both have verdicts."""
     counts = []
     for row, partner in zip(first, second, strict=True):
@@ -581,19 +581,19 @@ def difference(first: Rows, second: Rows, metric: str, resamples: int) -> Figure
     return estimate(counts, resamples)
 
 
-def wording(row: dict) -> str:
+def wording(row):
     """What is asked, whatever the voice: a spoken row is compared with the typed row of the same wording."""
     return json.dumps([row["lang"], row["suite"], row["prompt"], row.get("kwargs")])
 
 
-def grouped(rows: Rows, *fields: str) -> dict[tuple, list[dict]]:
+def grouped(rows, *fields):
     groups = collections.defaultdict(list)
     for row in rows:
         groups[tuple(row[field] for field in fields)].append(row)
     return groups
 
 
-def other_prompts(rows: Rows) -> Rows:
+def other_prompts(rows):
     """The floor that costs nothing: each row with another row's response, by a seeded derangement. None where
     a judge would have to be asked again."""
     if len(rows) < 2 or is_judged(rows[0]):
@@ -603,7 +603,7 @@ def other_prompts(rows: Rows) -> Rows:
     return [verdicts(row | {"response": other.get("response")}) for row, other in exchanged]
 
 
-def results(rows: Rows, resamples: int) -> Iterator[dict]:
+def results(rows, resamples):
     """One figure of one suite and condition at a time: typed, spoken, their gap over the prompts that have
     both, and floors: the same answers against other prompts' instructions, and answers to silence."""
     groups = grouped(rows, "lang", "suite", "condition")
@@ -626,7 +626,7 @@ def results(rows: Rows, resamples: int) -> Iterator[dict]:
                    "silence": figure(silent, metric, resamples)}
 
 
-def comparison(first: Rows, second: Rows, resamples: int) -> Iterator[dict]:
+def comparison(first, second, resamples):
     """The figures of two systems, and the first's minus the second's; rows pair by their keys."""
     partners = {row.get("key"): row for row in second}
     if {row.get("key") for row in first} != partners.keys() or not len(first) == len(second) == len(partners):
@@ -640,7 +640,7 @@ def comparison(first: Rows, second: Rows, resamples: int) -> Iterator[dict]:
                    "difference": difference(group, others, metric, resamples)}
 
 
-def cell(value: object) -> str:
+def cell(value):
     """A figure in per cent with its interval, or a word.
 
     >>> cell([0.613, 0.559, 0.666]), cell(None), cell("closed")
@@ -651,7 +651,7 @@ def cell(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def print_results(lines: Rows) -> None:
+def print_results(lines):
     """Lines of results in aligned columns."""
     table = [list(lines[0])]
     table += [list(map(cell, line.values())) for line in lines]
@@ -668,7 +668,7 @@ def print_results(lines: Rows) -> None:
 # way to ask it: typed, or spoken under a condition, in a voice that training never hears.
 # --------------------------------------------------------------------------------------------------
 
-def draw_rows(c: Settings) -> Rows:
+def draw_rows(c):
     """Typed rows and those to be spoken, with their voices."""
     timbres = synth.candidates("test", Settings(c.synth | {"engine": "espeak"}))
     rows = []
@@ -685,7 +685,7 @@ def draw_rows(c: Settings) -> Rows:
     return rows
 
 
-def draw_tasks(draw: Callable, count: int, rng: random.Random) -> Rows:
+def draw_tasks(draw, count, rng):
     """Draw `count` different test instructions, the kinds in turn. UserError where the world has fewer."""
     tasks = {}
     for _ in range(20_000):
@@ -698,14 +698,14 @@ def draw_tasks(draw: Callable, count: int, rng: random.Random) -> Rows:
                     "bench.adjustment_rows.")
 
 
-def row_of(task: dict, condition: str, **spoken: object) -> dict:
+def row_of(task, condition, **spoken):
     """One row of prompts.jsonl; typed without `voice`."""
     key = f"{task['item']}-{condition.replace(' ', '-')}-{'spoken' if spoken else 'typed'}"
     audio_path = f"audio/{key}.flac" if spoken else None
     return task | {"key": key, "condition": condition, "audio_path": audio_path} | spoken
 
 
-def condition_rows(task: dict, n: int, c: Settings, timbres: list[str], rng: random.Random) -> Rows:
+def condition_rows(task, n, c, timbres, rng):
     """The n-th closed-ended task under the conditions beside standard; noises, accents and styles in turn."""
     kind = ("babble", "pink", "white")[n % 3]
     snr = c.bench.snr[n // 3 % len(c.bench.snr)]
@@ -726,7 +726,7 @@ def condition_rows(task: dict, n: int, c: Settings, timbres: list[str], rng: ran
     ]
 
 
-def draw_voice(c: Settings, unheard: list[str], rng: random.Random, **style: list) -> dict:
+def draw_voice(c, unheard, rng, **style):
     """A voice that training never hears, in its accents, at its rates and pitches, or as `style` says."""
     familiar = {"timbres": unheard, "accents": c.synth.accents["en"], "rate": c.synth.rate}
     ranges = familiar | {"pitch": c.synth.pitch} | style
@@ -735,7 +735,7 @@ def draw_voice(c: Settings, unheard: list[str], rng: random.Random, **style: lis
     return synth.espeak_voice(accent, timbre, **{name: rng.randint(*span) for name, span in ranges.items()})
 
 
-def check_unheard(c: Settings, spoken: Rows) -> None:
+def check_unheard(c, spoken):
     """Refuse voices and accents that training heard, by the settings of the run."""
     path = inserter.run_folder(c) / "config.yaml"
     if not path.is_file():             # a model may have been put there without its run
@@ -758,7 +758,7 @@ def check_unheard(c: Settings, spoken: Rows) -> None:
 # appended batch by batch, so an interrupted benchmark continues with the next batch.
 # --------------------------------------------------------------------------------------------------
 
-def spoken_suite(c: Settings, folder: Path) -> Rows:
+def spoken_suite(c, folder):
     """Draw and speak the tiny suite: its rows, the floor of silence, and every closed-ended clip once more,
     to be written down: what is heard, apart from what is obeyed."""
     rows = draw_rows(c)
@@ -778,7 +778,7 @@ def spoken_suite(c: Settings, folder: Path) -> Rows:
     return rows
 
 
-def speak(c: Settings, rows: Rows, folder: Path) -> None:
+def speak(c, rows, folder):
     """Speak the rows in order, add their noise, write folder/<audio_path>."""
     engine = synth.load_engine("espeak")
     clean = {}                         # item -> its clip under the standard condition
@@ -796,7 +796,7 @@ def speak(c: Settings, rows: Rows, folder: Path) -> None:
         (folder / row["audio_path"]).write_bytes(synth.flac_bytes(clip))
 
 
-def ask_rows(c: Settings, folder: Path, rows: Rows, model: Any, tok: Any) -> Rows:
+def ask_rows(c, folder, rows, model, tok):
     """Answer the rows that answers.jsonl lacks; return all answered rows as they stand there."""
     path = folder / "answers.jsonl"
     answered = {row["key"] for row in kept_lines(path)}
@@ -818,7 +818,7 @@ def ask_rows(c: Settings, folder: Path, rows: Rows, model: Any, tok: Any) -> Row
     return read_rows(path)
 
 
-def kept_lines(path: Path) -> list:
+def kept_lines(path):
     """The lines of a file that is appended to. A last line that a kill left half-written is cut off."""
     if not path.is_file():
         return []
@@ -826,7 +826,7 @@ def kept_lines(path: Path) -> list:
     return read_jsonl(path)
 
 
-def question_of(row: dict, folder: Path) -> str | list[np.ndarray]:
+def question_of(row, folder):
     """What a row asks the model: its text, or its clip in pieces of at most 30 s."""
     if row["mode"] == "typed":
         return row["prompt"]
@@ -849,7 +849,7 @@ FIELDS = """suite condition lang prompt instruction_id_list kwargs decomposed_qu
     voice""".split()
 
 
-def read_folder(folder: Path) -> Rows:
+def read_folder(folder):
     """The rows of all files, spoken as they are and typed once. A file's name in the folder,
     closed-ended/closed_accent_cn.jsonl, says suite, condition and language, where fields do not."""
     rows = []
@@ -875,7 +875,7 @@ def read_folder(folder: Path) -> Rows:
     return [*typed.values(), *rows]
 
 
-def questions_of(row: dict) -> list[str]:
+def questions_of(row):
     """What a judge is asked about a row."""
     if row["suite"] == "adjustment":
         return ADJUSTMENT
@@ -909,7 +909,7 @@ holds nothing by which the question could be decided. Reply with a list of {coun
 like ["YES", "NO"]."""
 
 
-def judge_text(row: dict) -> str:
+def judge_text(row):
     """What a judge is asked about a row. Prompt and answer are JSON strings, each on one line: so an answer
     cannot end itself and go on as if it were the judge's task."""
     questions = questions_of(row)
@@ -918,7 +918,7 @@ def judge_text(row: dict) -> str:
                         answer=quoted(row["response"]))
 
 
-def quoted(text: str) -> str:
+def quoted(text):
     """A text as JSON on one line, line separators beyond ASCII's escaped too, and what begins a mark by which
     a chat template ends the user's turn: <|im_end|>, </s>, [/INST].
 
@@ -930,7 +930,7 @@ def quoted(text: str) -> str:
     return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in data)
 
 
-def judge_rows(c: Settings, path: Path, rows: Rows) -> Rows:
+def judge_rows(c, path, rows):
     """The rows, where their suite needs one with the judge's votes as pred_score; `path` keeps the votes.
 
     judge=ADDRESS,MODEL is an OpenAI-compatible server; its key is that of the environment, OPENAI_API_KEY.
@@ -941,7 +941,7 @@ def judge_rows(c: Settings, path: Path, rows: Rows) -> Rows:
     client = openai.OpenAI(base_url=address, api_key=key)
     kept = {line["of"]: line["votes"] for line in kept_lines(path)}
 
-    def vote(text: str) -> str:
+    def vote(text):
         turns = [{"role": "system", "content": JUDGE_ROLE}, {"role": "user", "content": text}]
         drawn = {"temperature": 0.5, "top_p": 0.95, "max_tokens": 1024}         # as in the official script
         try:
@@ -950,7 +950,7 @@ def judge_rows(c: Settings, path: Path, rows: Rows) -> Rows:
             return ""
         return (reply.choices[0].message.content or "").replace(key, "[key]")[:1000]
 
-    def with_votes(row: dict) -> dict:
+    def with_votes(row):
         if not is_judged(row) or row.get("response") is None:
             return row
         text = judge_text(row)
@@ -978,7 +978,7 @@ WARNING = ("Tiny-suite figures: made by a toy world, never to stand beside publi
            "scores.")
 
 
-def benchmark(c: Settings) -> None:
+def benchmark(c):
     """Ask the run the tiny suite's prompts, or a folder's, and score its answers."""
     run = inserter.run_folder(c)
     folder = run / (f"bench-{Path(c.prompts).resolve().name}" if c.prompts else "bench")
@@ -1006,7 +1006,7 @@ def benchmark(c: Settings) -> None:
     write_page(c, folder, *score(c, f"{folder}/", answered, about))
 
 
-def score(c: Settings, prefix: str, rows: Rows, about: dict) -> tuple[Rows, Rows]:
+def score(c, prefix, rows, about):
     """Judge and score answered rows, write <prefix>scored.jsonl and <prefix>results.json, print the table.
 
     -> the rows with their verdicts, and the lines of the table
@@ -1033,7 +1033,7 @@ def score(c: Settings, prefix: str, rows: Rows, about: dict) -> tuple[Rows, Rows
     return scored, shown
 
 
-def score_files(c: Settings) -> None:
+def score_files(c):
     """score=A.jsonl[,B.jsonl]: the figures of one system, or of two and their difference."""
     known = {"suite": c.suite, "condition": "standard", "lang": "en"}
     names = c.score.split(",")
@@ -1043,7 +1043,7 @@ def score_files(c: Settings) -> None:
         print_results(list(comparison(*scored, c.bench.bootstrap)))
 
 
-def write_page(c: Settings, folder: Path, scored: Rows, lines: Rows) -> None:
+def write_page(c, folder, scored, lines):
     """Write report.html: the figures, and rows to hear. assets/report.html says how it looks."""
     template = (inserter.ASSETS / "report.html").read_text("utf-8")
     page = jinja2.Environment(autoescape=True).from_string(template).render(
@@ -1055,7 +1055,7 @@ def write_page(c: Settings, folder: Path, scored: Rows, lines: Rows) -> None:
     print(f"{folder / 'report.html'} is written; open it in a browser to hear the prompts.")
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments):
     c = synth.load_config(arguments)
     if c.score:
         score_files(c)

@@ -22,8 +22,10 @@ Samples are packed end to end, without padding; attention stays inside a sample:
 
 Legend  T positions of a pack   d width   Hq, Hkv query and key-value heads   D head size   V vocabulary
         N frames of a clip   L its convolution outputs   G packs of a step   B prompts being answered
+
+Names: `c` is all settings, `stage` those of a stage, `tok` the Tokenizer, `sample` as
+in synth.py, `clips` the waveforms {part's "audio": (samples,) float32 at 16 kHz}, `batch` as in section 2.
 """
-from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -40,10 +42,8 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import soundfile
@@ -91,12 +91,12 @@ END = "<|endoftext|>"                        # of a document
 SYSTEM = {"role": "system", "content": [synth.text_part("You are a helpful assistant.", loss=False)]}
 
 
-def convolved(frames: Any) -> Any:
+def convolved(frames):
     """L: the outputs of the encoder's two convolutions for a clip of N frames, one per 20 ms."""
     return (frames - 1) // 2 + 1
 
 
-def audio_positions(samples: int) -> int:
+def audio_positions(samples):
     """Positions that a clip of so many samples takes in the LLM's sequence: one per 40 ms.
 
     Frames of 10 ms are halved by the encoder's second convolution, and again by pooling.
@@ -110,7 +110,7 @@ def audio_positions(samples: int) -> int:
 class Tokenizer:
     """Text to ids, piece by piece. Special tokens that occur inside a text are read as plain text."""
 
-    def __init__(self, hf: PreTrainedTokenizerFast):
+    def __init__(self, hf):
         self.hf = hf
         self.backend = hf.backend_tokenizer
         self.backend.encode_special_tokens = True
@@ -123,10 +123,10 @@ class Tokenizer:
             hf.convert_tokens_to_ids(names))
         hf.chat_template = (ASSETS / "chat_template.jinja").read_text("utf-8")      # for exports
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids):
         return self.backend.decode(ids, skip_special_tokens=False)
 
 
@@ -140,8 +140,7 @@ class Encoded:
     word_ids: list[list[int]]                # the tokens of each clip's words: the targets of a CTC stage
 
 
-def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bool = False,
-           reply: bool = False) -> Encoded:
+def encode(sample, clips, tok, typed=False, reply=False):
     """Turn a sample (see synth.py) into ids and labels.
 
     clips: the waveform of each speech part's "audio", (samples,) at 16 kHz
@@ -155,15 +154,15 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
         ids     hi  <|audio_bos|>  <|AUDIO|>  <|AUDIO|>  <|audio_eos|>   you           <|endoftext|>
         labels  -   -              -          -           you            <|endoftext|>  -
     """
-    ids: list[int] = []
-    is_target: list[bool] = []
-    spoken: list[dict] = []
+    ids = []
+    is_target = []
+    spoken = []
 
-    def put(tokens: list[int], loss: bool = False) -> None:
+    def put(tokens, loss=False):
         ids.extend(tokens)
         is_target.extend([loss] * len(tokens))
 
-    def put_parts(parts: list[dict], in_dialogue: bool) -> None:
+    def put_parts(parts, in_dialogue):
         for part, text in spaces_moved(parts):
             if part["role"] == "text":
                 put(tok(text), part["loss"])
@@ -202,13 +201,13 @@ def encode(sample: dict, clips: dict[str, np.ndarray], tok: Tokenizer, typed: bo
         word_ids=[word_tokens(part["text"], tok) for part in spoken])
 
 
-def word_tokens(text: str, tok: Tokenizer) -> list[int]:
+def word_tokens(text, tok):
     """The words of a clip as tokens, in lower case, without punctuation: what a CTC stage asks for."""
     words = synth.WORD.findall(text.lower())
     return [i for word in words for i in tok(word if "\u3400" <= word < "\ua000" else f" {word}")]
 
 
-def spaces_moved(parts: list[dict]) -> list[tuple[dict, str]]:
+def spaces_moved(parts):
     """Each part with its text; spaces right before speech belong to the speech.
 
     So they are tokenised only where speech is read as text: a lone space is a token that no pretrained LLM
@@ -227,13 +226,13 @@ def spaces_moved(parts: list[dict]) -> list[tuple[dict, str]]:
     return list(zip(parts, texts))
 
 
-def read_encoded(path: Path, number: int, tok: Tokenizer) -> Encoded:
+def read_encoded(path, number, tok):
     """Sample `number` of a shard as ids, labels and clips."""
     sample, files = synth.read_sample(path, number)
     return encode(sample, decoded(files), tok)
 
 
-def decoded(files: dict[str, bytes]) -> dict[str, np.ndarray]:
+def decoded(files):
     return {name: synth.decode_flac(data) for name, data in files.items()}
 
 
@@ -251,7 +250,7 @@ def decoded(files: dict[str, bytes]) -> dict[str, np.ndarray]:
 #     word_counts   (clips,)
 # --------------------------------------------------------------------------------------------------
 
-def collate(documents: list[Encoded], mels: int) -> dict[str, Tensor]:
+def collate(documents, mels):
     """Join documents end to end, without padding."""
     clips = [clip for document in documents for clip in document.clips]
     word_ids = [ids for document in documents for ids in document.word_ids]
@@ -266,11 +265,11 @@ def collate(documents: list[Encoded], mels: int) -> dict[str, Tensor]:
         "word_counts": torch.tensor([len(ids) for ids in word_ids], dtype=torch.int64)}
 
 
-def join(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def join(batches):
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def slot_of(waveform: Tensor, mels: int) -> Tensor:
+def slot_of(waveform, mels):
     """A clip's log-mel frames as rows between zeros, so that clips can be convolved end to end.
 
         slot   0  m0 m1 m2 … m(N+1) 0     P rows, an even number
@@ -285,12 +284,12 @@ def slot_of(waveform: Tensor, mels: int) -> Tensor:
     return F.pad(mel, (0, 0, 1, rows - 1 - len(mel)))
 
 
-def slot_rows(frames: Any) -> Any:
+def slot_rows(frames):
     """P, even and at least N + 3."""
     return (frames + 4) // 2 * 2
 
 
-def log_mel(waveform: Tensor, mels: int) -> Tensor:
+def log_mel(waveform, mels):
     """Log-mel frames of a clip: equal to WhisperFeatureExtractor's first N + 2, which are all that matter.
 
     Whisper pads a clip with zeros to 30 s; the frames past its end are the same known silence, and the
@@ -307,7 +306,7 @@ def log_mel(waveform: Tensor, mels: int) -> Tensor:
 
 
 @functools.lru_cache
-def mel_constants(mels: int) -> tuple[Tensor, Tensor]:
+def mel_constants(mels):
     """WhisperFeatureExtractor's Hann window of 25 ms (400,) and Slaney mel filters (201, mels)."""
     filters = mel_filter_bank(201, mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
     return torch.hann_window(400), torch.from_numpy(filters).float()
@@ -322,7 +321,7 @@ def mel_constants(mels: int) -> tuple[Tensor, Tensor]:
 # No block knows its number, so that all of one kind are compiled as one.
 # --------------------------------------------------------------------------------------------------
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool) -> Tensor:
+def plain_attention(q, k, v, cu_seqlens, causal):
     """Softmax attention of every position over its own document only (the positions before it, if `causal`).
 
     q           (T, Hq, D)
@@ -341,7 +340,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
     return torch.cat(outputs)
 
 
-def packed_attention(lengths: Tensor, causal: bool, x: Tensor, head_size: int) -> Callable[..., Tensor]:
+def packed_attention(lengths, causal, x, head_size):
     """The function attend(q, k, v) of a pack x (T, d) whose documents have these lengths."""
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
     if not uses_kernel(x.device, head_size):
@@ -354,7 +353,7 @@ def packed_attention(lengths: Tensor, causal: bool, x: Tensor, head_size: int) -
 class EncoderBlock(nn.Module):
     """Whisper's block: attention, then GELU, each behind its layer norm. Keys carry no bias."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config):
         super().__init__()
         d = config.d_model
         self.heads = config.encoder_attention_heads
@@ -368,7 +367,7 @@ class EncoderBlock(nn.Module):
         self.fc1 = nn.Linear(d, config.encoder_ffn_dim)
         self.fc2 = nn.Linear(config.encoder_ffn_dim, d)
 
-    def forward(self, x: Tensor, attend: Callable) -> Tensor:
+    def forward(self, x, attend):
         h = self.self_attn_layer_norm(x)                                                # (T, d)
         q, k, v = (self.self_attn[name](h).unflatten(1, (self.heads, -1))               # (T, H, D)
                    for name in ("q_proj", "k_proj", "v_proj"))
@@ -379,7 +378,7 @@ class EncoderBlock(nn.Module):
 class Encoder(nn.Module):
     """Whisper's encoder on packed clips, pooled by 2 at its end: one vector per 40 ms of speech."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config):
         super().__init__()
         self.head_size = config.d_model // config.encoder_attention_heads
         self.conv1 = nn.Conv1d(config.num_mel_bins, config.d_model, 3, padding=1)
@@ -388,7 +387,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(EncoderBlock(config) for _ in range(config.encoder_layers))
         self.layer_norm = nn.LayerNorm(config.d_model)
 
-    def forward(self, mel: Tensor, frames: Tensor, recompute: bool) -> Tensor:
+    def forward(self, mel, frames, recompute):
         """mel (rows, mels), frames (clips,) as in a batch -> (sum of audio positions, d), clips in order."""
         device = self.conv1.weight.device
         x = self.convolve(to_device(mel, device).to(self.conv1.weight.dtype), frames)   # (sum of L, d)
@@ -401,7 +400,7 @@ class Encoder(nn.Module):
         first = to_device((lengths.cumsum(0) - lengths)[owner] + 2 * pair, device)
         return self.layer_norm((x[first] + x[first + 1]) / 2)
 
-    def convolve(self, mel: Tensor, frames: Tensor) -> Tensor:
+    def convolve(self, mel, frames):
         """Both convolutions over all slots end to end: (rows, mels) -> (sum of L, d). No clip sees another.
 
             slot      0  m0 m1 m2 m3 …  0       the zeros are the padding of the first convolution
@@ -417,7 +416,7 @@ class Encoder(nn.Module):
         return x[to_device(starts[owner] // 2 + output, mel.device)]
 
 
-def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
+def ragged(lengths):
     """Which piece each row of a packed tensor belongs to, and its place within the piece: (sum,) int64 each.
 
     >>> ragged(torch.tensor([2, 0, 3]))
@@ -428,7 +427,7 @@ def ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return owner, torch.arange(len(owner)) - first[owner]
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x, device):
     """x on the device. From pinned memory a GPU fetches it by itself, and nobody waits."""
     if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()
@@ -438,11 +437,11 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 class Adapter(nn.Module):
     """From the encoder's width to the LLM's."""
 
-    def __init__(self, config: Qwen2AudioConfig):
+    def __init__(self, config):
         super().__init__()
         self.linear = nn.Linear(config.audio_config.d_model, config.text_config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.linear(x)
 
 
@@ -453,7 +452,7 @@ class LLMBlock(nn.Module):
     biases, and Qwen3's queries and keys pass norms of their own, head by head.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config):
         super().__init__()
         d = config.hidden_size
         self.head_size = head_size_of(config)
@@ -476,7 +475,7 @@ class LLMBlock(nn.Module):
         self.input_layernorm = nn.RMSNorm(d, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(d, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, attend: Callable, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x, attend, rope):
         h = self.input_layernorm(x)                                                     # (T, d)
         q, k, v = (self.self_attn[name](h).unflatten(1, (-1, self.head_size))           # (T, Hq or Hkv, D)
                    for name in ("q_proj", "k_proj", "v_proj"))
@@ -492,7 +491,7 @@ class LLMBlock(nn.Module):
 class LLM(nn.Module):
     """Its head is applied by whoever needs logits: the loss at a few positions, generation at one."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.head_size = head_size_of(config)
@@ -503,7 +502,7 @@ class LLM(nn.Module):
             "norm": nn.RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, x: Tensor, position_ids: Tensor, attend: Callable, recompute: bool) -> Tensor:
+    def forward(self, x, position_ids, attend, recompute):
         """Embeddings (T, d) -> hidden states (T, d), ready for lm_head."""
         speed = rope_speed(self.config, self.head_size, x.device)
         angle = position_ids[:, None, None].float() * speed                             # (T, 1, D/2)
@@ -511,25 +510,25 @@ class LLM(nn.Module):
         return self.model.norm(x)
 
 
-def head_size_of(config: Any) -> int:
+def head_size_of(config):
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def rope_speed(config: Any, head_size: int, device: torch.device | None = None) -> Tensor:
+def rope_speed(config, head_size, device=None):
     """Radians by which each pair of a head turns from one position to the next: (D / 2,)."""
     # transformers' own rounding: a unit in the last place of a speed is 1e-4 radians at position 1000
     exponent = torch.arange(0, head_size, 2, device=device).float() / head_size
     return 1 / config.rope_parameters["rope_theta"] ** exponent
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x, rope):
     """Rotary positions: pairs (i, i + D/2) of x (T, H, D) turned by the angles of cosine and sine `rope`."""
     cos, sin = rope                                                                     # (T, 1, D/2) float32
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool, *args: Any) -> Tensor:
+def run_blocks(blocks, x, recompute, *args):
     """Blocks in turn; with `recompute` each keeps only its input, and the backward pass computes it again."""
     for block in blocks:
         if recompute and torch.is_grad_enabled():
@@ -539,7 +538,7 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, recompute: bool, *args: Any) ->
     return x
 
 
-def recomputed(function: Callable, *args: Any) -> Tensor:
+def recomputed(function, *args):
     """function(*args), whose intermediate tensors are dropped and computed again in the backward pass.
 
     Nothing here is random (no dropout), so the random state, for which one would wait for a GPU, is let be.
@@ -554,7 +553,7 @@ class InSerter(nn.Module):
     there, and the GPU is never waited for.
     """
 
-    def __init__(self, config: Qwen2AudioConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.recompute = False               # train.checkpointing
@@ -563,16 +562,16 @@ class InSerter(nn.Module):
         self.language_model = LLM(config.text_config)
         self.tie()
 
-    def tie(self) -> None:
+    def tie(self):
         """One matrix as embedding and head, where the config says so."""
         if self.config.text_config.tie_word_embeddings:
             self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
 
     @property
-    def mels(self) -> int:
+    def mels(self):
         return self.config.audio_config.num_mel_bins
 
-    def hear(self, mel: Tensor, frames: Tensor) -> Tensor:
+    def hear(self, mel, frames):
         """Clips of a batch -> (sum of audio positions, d) in the LLM's space.
 
         Where there is none, a padding clip takes its place, so that every parameter has a gradient on every
@@ -583,7 +582,7 @@ class InSerter(nn.Module):
             mel = torch.zeros(slot_rows(4), self.mels)
         return self.multi_modal_projector(self.audio_tower(mel, frames, self.recompute))
 
-    def embed(self, ids: Tensor, mel: Tensor, frames: Tensor) -> Tensor:
+    def embed(self, ids, mel, frames):
         """Embeddings of a batch: ids (T,), each <|AUDIO|> replaced in order by one vector heard -> (T, d)."""
         table = self.language_model.model.embed_tokens
         x = table(to_device(ids, table.weight.device))
@@ -593,14 +592,14 @@ class InSerter(nn.Module):
         rows = (ids == self.config.audio_token_index).nonzero()[:, 0]
         return x.index_copy(0, to_device(rows, x.device), heard)
 
-    def hidden(self, ids: Tensor, lengths: Tensor, mel: Tensor, frames: Tensor) -> Tensor:
+    def hidden(self, ids, lengths, mel, frames):
         """Hidden states of packed documents, ready for lm_head: (T, d). Arguments as in a batch."""
         x = self.embed(ids, mel, frames)
         attend = packed_attention(lengths, True, x, self.language_model.head_size)
         _, position = ragged(lengths)
         return self.language_model(x, to_device(position, x.device), attend, self.recompute)
 
-    def forward(self, batch: dict[str, Tensor], chunk: int, classes: Tensor | None = None) -> Tensor:
+    def forward(self, batch, chunk, classes=None):
         """Sum of a batch's loss in nats (section 4), a float32 scalar; with `classes` that of CTC."""
         if classes is not None:
             return word_loss(self, batch, classes)
@@ -614,7 +613,7 @@ class InSerter(nn.Module):
 # small LLM, is not even applied to the others. A stage that first teaches the encoder to hear uses CTC.
 # --------------------------------------------------------------------------------------------------
 
-def next_token_losses(model: InSerter, batch: dict[str, Tensor], chunk: int) -> Tensor:
+def next_token_losses(model, batch, chunk):
     """Nats of every labelled position, in order: (number of labels that are not IGNORE,) float32.
 
     Logits exist for `chunk` positions at a time, in the forward pass and again in the backward pass: for 8192
@@ -626,14 +625,14 @@ def next_token_losses(model: InSerter, batch: dict[str, Tensor], chunk: int) -> 
     hidden = hidden.index_select(0, to_device(labelled, hidden.device))                 # (T', d)
     head = model.language_model.lm_head.weight                                          # (V, d)
 
-    def losses(h: Tensor, t: Tensor) -> Tensor:
+    def losses(h, t):
         return F.cross_entropy(F.linear(h, head).float(), t, reduction="none")
 
     chunks = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([recomputed(losses, h, t) for h, t in chunks])
 
 
-def word_loss(model: InSerter, batch: dict[str, Tensor], classes: Tensor) -> Tensor:
+def word_loss(model, batch, classes):
     """Summed nats of each clip's words (their tokens) by CTC (Graves et al. 2006). <|AUDIO|> is the blank.
 
     Encoder, adapter and the LLM without its blocks say, vector by vector, which token they hear: the one
@@ -676,22 +675,21 @@ class Progress:
     targets: float = 0.0                     # supervised tokens of the stage so far
     cursors: dict = dataclasses.field(default_factory=dict)       # of every lane, by its number (section 6)
 
-    def share(self, stage: Settings) -> float:
+    def share(self, stage):
         """How much of the stage is done: at 1 it is over."""
         if stage.steps:
             return self.stage_step / stage.steps
         return self.targets / stage.tokens
 
 
-def lr_factor(stage: Settings, step: int, share: float) -> float:
+def lr_factor(stage, step, share):
     """Of the stage's learning rates: linear over `ramp` steps, then a cosine to `floor` at its end."""
     ramp = min(1.0, (step + 1) / max(stage.ramp, 1))
     cosine = (1 + math.cos(math.pi * min(share, 1))) / 2
     return ramp * (stage.floor + (1 - stage.floor) * cosine)
 
 
-def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress, state: dict,
-                stopping: list[int]) -> bool:
+def train_stage(c, model, tok, progress, state, stopping):
     """Train one stage from where it stands. True: it is done. False: a signal stopped it; the state is saved.
 
     state: a saved one to continue from, or empty; stopping: not empty after a signal
@@ -766,8 +764,7 @@ def train_stage(c: Settings, model: InSerter, tok: Tokenizer, progress: Progress
     return progress.share(stage) >= 1
 
 
-def add_gradients(c: Settings, network: nn.Module, packs: list[Pack], targets: float,
-                  classes: Tensor | None) -> Tensor:
+def add_gradients(c, network, packs, targets, classes):
     """Forward and backward passes over a rank's packs of a step; returns the sum of their loss.
 
     The gradient is that of the mean over all ranks' targets. DDP averages over ranks, so each divides its own
@@ -788,12 +785,12 @@ def add_gradients(c: Settings, network: nn.Module, packs: list[Pack], targets: f
     return loss_sum
 
 
-def is_due(every: int, step: int) -> bool:
+def is_due(every, step):
     """Every so many steps; 0 is never."""
     return every > 0 and step % every == 0
 
 
-def freeze(model: InSerter, stage: Settings) -> list[nn.Parameter]:
+def freeze(model, stage):
     """Let a stage train the modules whose lr_scale is above 0; returns their parameters."""
     beside_ctc = ("language_model.model.layers", "language_model.lm_head")
     for name, p in model.named_parameters():
@@ -803,24 +800,24 @@ def freeze(model: InSerter, stage: Settings) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def module_of(name: str) -> str:
+def module_of(name):
     """encoder, adapter or llm: where a parameter belongs, by its name."""
     return {"audio_tower": "encoder", "multi_modal_projector": "adapter"}.get(name.split(".")[0], "llm")
 
 
-def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch.optim.Optimizer]:
+def make_optimizers(c, model, stage):
     """AdamW, and Muon where so set: every trained parameter in one group, of its own learning rate.
 
     Muon orthogonalises the update of a matrix, which suits those inside the blocks and the adapter;
     embeddings, the LM head, convolutions and vectors are AdamW's. Vectors do not decay.
     """
-    groups: dict[tuple, list[nn.Parameter]] = {}                        # by (is Muon's, module, decays)
+    groups = {}                        # by (is Muon's, module, decays)
     for name, p in model.named_parameters():
         if p.requires_grad:
             is_inner = p.ndim == 2 and "embed" not in name and "lm_head" not in name
             by_muon = stage.optimizer == "muon" and is_inner
             groups.setdefault((by_muon, module_of(name), p.ndim > 1), []).append(p)
-    found: dict[bool, list[dict]] = {False: [], True: []}
+    found = {False: [], True: []}
     for (by_muon, module, decays), parameters in groups.items():
         lr = (stage.muon_lr if by_muon else stage.lr) * stage.lr_scale.get(module, 1.0)
         decay = c.train.weight_decay if decays else 0.0
@@ -833,7 +830,7 @@ def make_optimizers(c: Settings, model: InSerter, stage: Settings) -> list[torch
     return optimizers
 
 
-def first_samples(c: Settings, stage: Settings) -> Iterator[tuple[dict, dict[str, bytes]]]:
+def first_samples(c, stage):
     """Every sample, with its files, in the first training shard of each of the stage's recipes."""
     for name in recipe_names(stage):
         path = Recipe(c, name).paths[0]
@@ -841,14 +838,14 @@ def first_samples(c: Settings, stage: Settings) -> Iterator[tuple[dict, dict[str
             yield synth.read_sample(path, number)
 
 
-def frequent_tokens(c: Settings, tok: Tokenizer, stage: Settings) -> Tensor:
+def frequent_tokens(c, tok, stage):
     """The stage.ctc_classes most frequent tokens of what is spoken in the first shards: (n,) int64.
 
     Without ctc_classes the whole vocabulary.
     """
     if not stage.ctc_classes:
         return torch.arange(len(tok.hf))
-    found: Counter = Counter()
+    found = Counter()
     for sample, _ in first_samples(c, stage):
         for part in itertools.chain(*synth.parts_of(sample)):
             if part["role"] == "speech":
@@ -857,7 +854,7 @@ def frequent_tokens(c: Settings, tok: Tokenizer, stage: Settings) -> Tensor:
 
 
 @torch.no_grad()
-def match_norms(c: Settings, model: InSerter, tok: Tokenizer, stage: Settings) -> None:
+def match_norms(c, model, tok, stage):
     """Scale the adapter: what is heard becomes as long as the LLM's embeddings, on average over 64 samples.
 
     CTC looks at directions alone, so nothing holds the vectors' length meanwhile: it grows tenfold, and would
@@ -897,7 +894,7 @@ class Recipe:
     Shards are shuffled, and samples inside each, so that whoever reads on has few files open.
     """
 
-    def __init__(self, c: Settings, name: str, salt: str = ""):
+    def __init__(self, c, name, salt=""):
         self.name = name
         self.salt = f"{c.seed} {salt} {name}"
         self.paths = sorted((Path(c.data) / name).glob("train-*.tar"))
@@ -907,7 +904,7 @@ class Recipe:
             raise UserError(f"{Path(c.data) / name} has no sample, which the stage's mix asks for; set its "
                             "share to 0, or give a corpus that has what it is made of (chat: dialogues).")
 
-    def locate(self, epoch: int, index: int) -> tuple[Path, int]:
+    def locate(self, epoch, index):
         """Shard and number of the index-th sample of an epoch."""
         for shard in shuffled(f"{self.salt} {epoch}", len(self.paths)):
             if index < self.counts[shard]:
@@ -915,7 +912,7 @@ class Recipe:
             index -= self.counts[shard]
         return self.paths[shard], int(shuffled(f"{self.salt} {epoch} {shard}", self.counts[shard])[index])
 
-    def read(self, nth: int, lane: int, lanes: int, tok: Tokenizer) -> Encoded:
+    def read(self, nth, lane, lanes, tok):
         """The nth sample of a lane.
 
         Each lane reads on in a stretch of its own, so that a step sees samples from all over the corpus: of
@@ -928,17 +925,16 @@ class Recipe:
 
 
 @functools.lru_cache(maxsize=64)
-def shuffled(seed: str, count: int) -> np.ndarray:
+def shuffled(seed, count):
     """0 to count - 1 in an order that the seed alone decides."""
     return np.random.default_rng(zlib.crc32(seed.encode())).permutation(count)
 
 
-def recipe_names(stage: Settings) -> list[str]:
+def recipe_names(stage):
     return [name for name, share in stage.mix.items() if share > 0]
 
 
-def packs_of_lane(c: Settings, tok: Tokenizer, mels: int, stage_name: str, lane: int,
-                  cursor: dict[str, list[int]] | None) -> Iterator[Pack]:
+def packs_of_lane(c, tok, mels, stage_name, lane, cursor):
     """An endless stream of packs. The next document is that of the recipe that is furthest below its share;
     where that does not fit any more, another recipe's.
 
@@ -948,9 +944,9 @@ def packs_of_lane(c: Settings, tok: Tokenizer, mels: int, stage_name: str, lane:
     stage = c.train.stages[stage_name]
     recipes = {name: Recipe(c, name, stage_name) for name in recipe_names(stage)}
     cursor = cursor or {name: [0, 0] for name in recipes}
-    waiting: dict[str, Encoded] = {}
+    waiting = {}
     while True:
-        documents: list[Encoded] = []
+        documents = []
         room = c.train.pack_length
         skipped = 0
         while True:
@@ -987,14 +983,14 @@ def packs_of_lane(c: Settings, tok: Tokenizer, mels: int, stage_name: str, lane:
 class Lanes(IterableDataset):
     """The packs of some lanes in turn; each reading process serves its share of them."""
 
-    def __init__(self, c: Settings, tok: Tokenizer, mels: int, progress: Progress, lanes: list[int]):
+    def __init__(self, c, tok, mels, progress, lanes):
         self.c = c
         self.hf = tok.hf                     # a Tokenizer itself cannot travel to another process
         self.mels = mels
         self.stage_name = progress.stage
         self.cursors = {lane: progress.cursors.get(lane) for lane in lanes}
 
-    def __iter__(self) -> Iterator[Pack]:
+    def __iter__(self):
         lanes = list(self.cursors)
         if worker := get_worker_info():
             lanes = lanes[worker.id::worker.num_workers]
@@ -1008,8 +1004,7 @@ class Lanes(IterableDataset):
             yield from map(next, streams)
 
 
-def feed(c: Settings, tok: Tokenizer, mels: int, progress: Progress,
-         lanes: list[int]) -> Iterator[list[Pack]]:
+def feed(c, tok, mels, progress, lanes):
     """One rank's packs, step by step, in the order of its lanes; read by at most train.workers processes."""
     workers = max(n for n in range(c.train.workers + 1) if n == 0 or len(lanes) % n == 0)
     options = {}
@@ -1025,7 +1020,7 @@ def feed(c: Settings, tok: Tokenizer, mels: int, progress: Progress,
             raise UserError(str(error).rpartition("UserError: ")[2]) from None
 
 
-def fork_server() -> Any:
+def fork_server():
     """Readers come from a server that was started before torch's threads: forking after them can hang."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["inserter"])
@@ -1046,7 +1041,7 @@ def fork_server() -> Any:
 LLM_FAMILIES = ("qwen2", "qwen3", "llama")   # Qwen2.5 is called qwen2, and SmolLM2 llama
 
 
-def fresh_model(c: Settings, tok: Tokenizer) -> InSerter:
+def fresh_model(c, tok):
     """The model a run starts from: a Qwen2-Audio checkpoint, a Whisper and an LLM, or random weights."""
     m = c.model
     if m["from"]:
@@ -1058,7 +1053,7 @@ def fresh_model(c: Settings, tok: Tokenizer) -> InSerter:
     return random_model(config, c.seed)
 
 
-def random_model(config: Qwen2AudioConfig, seed: int) -> InSerter:
+def random_model(config, seed):
     """InSerter from nothing but sizes: the same weights for the same config and seed, on any machine.
 
     The LLM's first heads start by looking one, one, two, two, … tokens back, by their biases, which rotary
@@ -1081,7 +1076,7 @@ def random_model(config: Qwen2AudioConfig, seed: int) -> InSerter:
     return build(config, tensors)
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def initial_value(name, shape, seed):
     """A parameter's first value, from the seed and its own name alone: other parameters never change it.
 
     Matrices are normal with standard deviation 1 / sqrt(3 inputs); those that write to the residual stream
@@ -1108,14 +1103,14 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return normal / math.sqrt(3 * math.prod(shape[1:]))
 
 
-def sinusoids(positions: int, width: int) -> Tensor:
+def sinusoids(positions, width):
     """Whisper's positions (positions, width): sines, then cosines, of wavelengths from 2 pi to 20000 pi."""
     speed = torch.exp(-math.log(10000) / (width // 2 - 1) * torch.arange(width // 2))
     angle = torch.arange(positions)[:, None] * speed
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
-def load_model(source: str | Path) -> InSerter:
+def load_model(source):
     """InSerter from a Qwen2-Audio checkpoint: ours, transformers' or the hub's; float32, on the CPU."""
     config, theirs = pretrained(source, transformers.AutoModelForSeq2SeqLM)
     tensors = {}
@@ -1129,7 +1124,7 @@ def load_model(source: str | Path) -> InSerter:
     return build(config, tensors)
 
 
-def join_models(whisper: str, llm: str, tok: Tokenizer, seed: int) -> InSerter:
+def join_models(whisper, llm, tok, seed):
     """InSerter from a Whisper and an LLM of LLM_FAMILIES; adapter and audio rows are fresh.
 
     The tokenizer's three audio tokens take rows of the embeddings that no text uses (Qwen's matrices are
@@ -1161,7 +1156,7 @@ def join_models(whisper: str, llm: str, tok: Tokenizer, seed: int) -> InSerter:
     return build(config, tensors)
 
 
-def pretrained(source: str | Path, model_class: Any) -> tuple[Any, dict[str, Tensor]]:
+def pretrained(source, model_class):
     """(config, {name: float32 tensor}) of a checkpoint. UserError where its files do not hold such a model.
 
     model_class: one of transformers' Auto classes, which look at config.json before anything else
@@ -1179,7 +1174,7 @@ def pretrained(source: str | Path, model_class: Any) -> tuple[Any, dict[str, Ten
     return model.config, model.state_dict()
 
 
-def build(config: Qwen2AudioConfig, tensors: dict[str, Tensor]) -> InSerter:
+def build(config, tensors):
     """InSerter with these tensors (by name) as its weights. UserError: a model that ours cannot compute."""
     text = config.text_config
     is_plain = text.rope_parameters["rope_type"] == "default" and text.hidden_act == "silu"
@@ -1193,7 +1188,7 @@ def build(config: Qwen2AudioConfig, tensors: dict[str, Tensor]) -> InSerter:
     return model
 
 
-def save_model(model: InSerter, folder: Path) -> None:
+def save_model(model, folder):
     """Write config.json and weights: transformers' Qwen2AudioForConditionalGeneration opens them."""
     tensors = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
     if model.config.text_config.tie_word_embeddings:                    # safetensors holds no shared memory
@@ -1204,7 +1199,7 @@ def save_model(model: InSerter, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def save_processor(model: InSerter, tok: Tokenizer, folder: Path) -> None:
+def save_processor(model, tok, folder):
     """Write what transformers' AutoProcessor and generate() need beside the model, the tokenizer included."""
     extractor = transformers.WhisperFeatureExtractor(feature_size=model.mels)
     template = tok.hf.chat_template
@@ -1216,7 +1211,7 @@ def save_processor(model: InSerter, tok: Tokenizer, folder: Path) -> None:
         max_new_tokens=256).save_pretrained(folder)
 
 
-def load_tokenizer(c: Settings) -> Tokenizer:
+def load_tokenizer(c):
     """The tokenizer of the given weights; from scratch data/tokenizer-<vocab>, trained when
     it is first needed."""
     if source := c.model["from"] or c.model.llm:
@@ -1230,7 +1225,7 @@ def load_tokenizer(c: Settings) -> Tokenizer:
     return open_tokenizer(folder)
 
 
-def open_tokenizer(folder: Path) -> Tokenizer:
+def open_tokenizer(folder):
     return Tokenizer(AutoTokenizer.from_pretrained(folder))
 
 
@@ -1240,7 +1235,7 @@ WORD_SPLITS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{Han}|[^\r\n\p{L}\p{N}]?(?:(?!\p
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def train_tokenizer(c: Settings, folder: Path) -> None:
+def train_tokenizer(c, folder):
     """Byte-level BPE, trained on the first `text` shard; a folder for AutoTokenizer."""
     texts = [SYSTEM["content"][0]["text"], "system\nuser\nassistant\n", "Audio 1: "]
     texts += [task["ask"] for task in synth.TASKS.values()]
@@ -1262,7 +1257,7 @@ def train_tokenizer(c: Settings, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder):
     """A new folder to write into, which then takes the place of `folder`: that is whole, old or absent."""
     aside = folder.with_name(f".new.{folder.name}")
     old = folder.with_name(f".old.{folder.name}")
@@ -1286,8 +1281,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 # --------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens: int,
-             batch: int) -> list[tuple[str, bool]]:
+def complete(model, tok, prompts, max_tokens, batch):
     """Greedy continuations of prompts, `batch` at a time.
 
     -> (text, truncated: it did not end within max_tokens) of each
@@ -1311,11 +1305,11 @@ def complete(model: InSerter, tok: Tokenizer, prompts: list[Encoded], max_tokens
     return done
 
 
-def left_padded(pieces: Iterable[Tensor]) -> Tensor:
+def left_padded(pieces):
     return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True, padding_side="left")
 
 
-def their_llm(model: InSerter) -> transformers.PreTrainedModel:
+def their_llm(model):
     """transformers' model of the LLM, which shares our weights: it generates, with a cache."""
     weights = model.language_model.state_dict()
     with torch.device("meta"):
@@ -1329,13 +1323,12 @@ def their_llm(model: InSerter) -> transformers.PreTrainedModel:
 Question = str | np.ndarray | list[np.ndarray]   # typed; a clip (samples,) float32 at 16 kHz; several clips
 
 
-def spoken_part(audio: int) -> dict:
+def spoken_part(audio):
     """A clip whose words nobody wrote down."""
     return {"role": "speech", "text": "", "audio": audio}
 
 
-def answer(model: InSerter, tok: Tokenizer, questions: list[Question], max_tokens: int,
-           batch: int) -> list[tuple[str, bool]]:
+def answer(model, tok, questions, max_tokens, batch):
     """Greedy answers to typed and spoken questions: (text, truncated)."""
     prompts = []
     for question in questions:
@@ -1349,21 +1342,20 @@ def answer(model: InSerter, tok: Tokenizer, questions: list[Question], max_token
     return complete(model, tok, prompts, max_tokens, batch)
 
 
-def transcribe(model: InSerter, tok: Tokenizer, waveforms: list[np.ndarray], max_tokens: int, batch: int,
-               ask: str = synth.TASKS["transcribe"]["ask"]) -> list[str]:
+def transcribe(model, tok, waveforms, max_tokens, batch, ask=synth.TASKS["transcribe"]["ask"]):
     """What the model hears in clips at 16 kHz, or says of them: asked as in a speech task."""
     sample = {"parts": [spoken_part(0), synth.text_part(ask, loss=False)], "messages": None}
     prompts = [encode(sample, {0: waveform}, tok, reply=True) for waveform in waveforms]
     return [text.strip() for text, _ in complete(model, tok, prompts, max_tokens, batch)]
 
 
-def load_audio(path: str | Path) -> np.ndarray:
+def load_audio(path):
     """A sound file of any rate and channel count as (samples,) float32 at 16 kHz."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     return synth.to_16k(samples.mean(1), rate)
 
 
-def load_run(c: Settings) -> tuple[InSerter, Tokenizer]:
+def load_run(c):
     """The exported model of run c.run, on this process's device. UserError if there is none."""
     folder = run_folder(c) / "model"
     if not folder.is_dir():
@@ -1371,7 +1363,7 @@ def load_run(c: Settings) -> tuple[InSerter, Tokenizer]:
     return load_model(folder).to(device_here()).eval(), open_tokenizer(folder)
 
 
-def ask(c: Settings) -> str:
+def ask(c):
     """The answer to a sound file, or to a text that is the name of none."""
     is_sound = Path(c.ask).is_file() or re.search(r"\.(wav|flac|ogg|mp3)$", c.ask, re.I)
     model, tok = load_run(c)
@@ -1390,9 +1382,9 @@ def ask(c: Settings) -> str:
 
 @torch.compiler.set_stance("force_eager")    # else generation's many shapes would use up the compilations
 @torch.no_grad()
-def evaluate(c: Settings, model: InSerter, tok: Tokenizer) -> dict[str, float]:
+def evaluate(c, model, tok):
     """A point of the gap curve, by all ranks together. The loss on text beside it shows what is forgotten."""
-    sums: Counter = Counter()
+    sums = Counter()
     for sample, clips in dev_samples(c, "interleaved"):
         continued, characters = after_speech(sample)
         sums["characters"] += characters
@@ -1418,7 +1410,7 @@ def evaluate(c: Settings, model: InSerter, tok: Tokenizer) -> dict[str, float]:
     return point
 
 
-def dev_samples(c: Settings, recipe: str) -> Iterator[tuple[dict, dict[str, np.ndarray]]]:
+def dev_samples(c, recipe):
     """This rank's share of the first dev samples of a recipe, with their clips; none where there is none."""
     rank, world = rank_and_world()
     path = synth.shard_path(c, recipe, "dev", 0)
@@ -1428,13 +1420,13 @@ def dev_samples(c: Settings, recipe: str) -> Iterator[tuple[dict, dict[str, np.n
         yield sample, decoded(files)
 
 
-def nats(c: Settings, model: InSerter, encoded: Encoded) -> float:
+def nats(c, model, encoded):
     """Sum of the losses of a sample; 0 if none of it is a target."""
     with mixed_precision(c):
         return float(model(collate([encoded], model.mels), c.train.loss_chunk))
 
 
-def after_speech(sample: dict) -> tuple[dict, int]:
+def after_speech(sample):
     """The sample with loss on the text after its first speech only, and the characters of that text."""
     kept = json.loads(json.dumps(sample))
     seen = False
@@ -1447,7 +1439,7 @@ def after_speech(sample: dict) -> tuple[dict, int]:
     return kept, characters
 
 
-def first_exchange(sample: dict) -> tuple[dict, str]:
+def first_exchange(sample):
     """A dialogue up to its first answer, and that answer; the empty text where there is none.
 
     >>> said = [("user", "hi"), ("assistant", "hello"), ("user", "bye")]
@@ -1463,7 +1455,7 @@ def first_exchange(sample: dict) -> tuple[dict, str]:
     return opening, "".join(part["text"] for message in answers for part in message["content"])
 
 
-def has_speech(sample: dict) -> bool:
+def has_speech(sample):
     return any(part["role"] == "speech" for part in itertools.chain(*synth.parts_of(sample)))
 
 
@@ -1475,7 +1467,7 @@ def has_speech(sample: dict) -> bool:
 # Rank 0 alone reads it, and tells the others.
 # --------------------------------------------------------------------------------------------------
 
-def train(c: Settings) -> None:
+def train(c):
     """Run the stages from the start or from the newest state."""
     rank, world = rank_and_world()
     stages = stages_of(c)
@@ -1500,7 +1492,7 @@ def train(c: Settings) -> None:
         for block in [*model.audio_tower.layers, *model.language_model.model.layers]:
             block.compile()
     model.to(device_here())
-    stopping: list[int] = []
+    stopping = []
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
     if begun:
         say(f"continuing run {c.run} in stage {progress.stage} after step {progress.step}")
@@ -1518,18 +1510,18 @@ def train(c: Settings) -> None:
         dist.destroy_process_group()
 
 
-def stages_of(c: Settings) -> list[str]:
+def stages_of(c):
     """The stages to run: those that have a length, and no stand-ins for weights that are given."""
     given = c["model"]["from"] or c["model"]["encoder"]
     return [name for name, stage in c["train"]["stages"].items()
             if (stage["steps"] or stage["tokens"]) and not (given and stage["from_scratch"])]
 
 
-def run_folder(c: Settings) -> Path:
+def run_folder(c):
     return Path("runs") / c.run
 
 
-def open_run(c: Settings, stages: list[str]) -> dict:
+def open_run(c, stages):
     """Make the run's folder, or check that it was begun with these settings: its config.yaml keeps them.
 
     -> its newest state; {} at its beginning
@@ -1559,7 +1551,7 @@ def open_run(c: Settings, stages: list[str]) -> dict:
     return state
 
 
-def shaping(c: dict, over: list[str]) -> dict:
+def shaping(c, over):
     """What of a run's settings shapes its weights and batches; over: the stages whose length is history."""
     stages = {}
     for name in stages_of(c):
@@ -1574,7 +1566,7 @@ def shaping(c: dict, over: list[str]) -> dict:
     return {"seed": c["seed"], "synth": data, "model": model, "train": train}
 
 
-def load_state(folder: Path) -> dict:
+def load_state(folder):
     """The newest state that loads; one that does not is named, and the one before it taken. {}: none yet."""
     paths = sorted(folder.glob("*.pt"), reverse=True)
     for path in paths:
@@ -1587,7 +1579,7 @@ def load_state(folder: Path) -> dict:
     return {}
 
 
-def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, progress: Progress) -> None:
+def save_run(c, model, tok, optimizers, progress):
     """Export, then state, by rank 0; every lane's cursor comes from the rank that serves it."""
     _, world = rank_and_world()
     everywhere = gather(progress.cursors)
@@ -1619,7 +1611,7 @@ def save_run(c: Settings, model: InSerter, tok: Tokenizer, optimizers: list, pro
     gather(None)                             # the others wait, or would run into a time-out
 
 
-def start_group() -> None:
+def start_group():
     """Join the other ranks: NCCL sums gradients on GPUs, gloo on CPUs."""
     here = device_here()
     if here.type == "cuda":
@@ -1630,7 +1622,7 @@ def start_group() -> None:
         dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=patience)
 
 
-def describe(model: InSerter) -> str:
+def describe(model):
     """What is trained, where and by which attention."""
     ways = []
     for name, module in (("encoder", model.audio_tower), ("LLM", model.language_model)):
@@ -1641,24 +1633,24 @@ def describe(model: InSerter) -> str:
     return f"{millions:.1f} M parameters on {where}, attention: {', '.join(ways)}"
 
 
-def rank_and_world() -> tuple[int, int]:
+def rank_and_world():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def device_here() -> torch.device:
+def device_here():
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 
-def mixed_precision(c: Settings) -> torch.autocast:
+def mixed_precision(c):
     """Context in which matrix products are bfloat16, where train.precision wants that here."""
     device = device_here()
     half = c.train.precision == "bfloat16" or (c.train.precision == "auto" and is_recent_gpu(device))
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
-def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
+def sum_over_ranks(values):
     """Each value summed over the ranks; float64 keeps counts and checksums exact."""
     total = torch.tensor(list(map(float, values.values())), dtype=torch.float64, device=device_here())
     if dist.is_initialized():
@@ -1666,7 +1658,7 @@ def sum_over_ranks(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, total.tolist()))
 
 
-def gather(thing: Any) -> list:
+def gather(thing):
     """The thing of every rank, on every rank; who comes first waits for the others, however long."""
     if not dist.is_initialized():
         return [thing]
@@ -1675,14 +1667,14 @@ def gather(thing: Any) -> list:
     return things
 
 
-def from_rank_0(thing: Any) -> Any:
+def from_rank_0(thing):
     things = [thing]
     if dist.is_initialized():
         dist.broadcast_object_list(things)
     return things[0]
 
 
-def say(line: str) -> None:
+def say(line):
     """Print a line above the progress bar, on rank 0."""
     if rank_and_world()[0] == 0:
         tqdm.write(line, file=sys.stdout)
@@ -1699,15 +1691,15 @@ def say(line: str) -> None:
 class Log:
     """One line per log step, and metrics.jsonl."""
 
-    def __init__(self, c: Settings, progress: Progress):
+    def __init__(self, c, progress):
         self.c = c
         self.progress = progress
         self.stage = c.train.stages[progress.stage]
         self.first_share = progress.share(self.stage)
         self.begun = self.since = time.perf_counter()
-        self.sums: Counter = Counter()
+        self.sums = Counter()
 
-    def step(self, loss: float, factor: float, norm: float, totals: dict[str, float]) -> None:
+    def step(self, loss, factor, norm, totals):
         """Count a step; every log_every steps write what happened since."""
         self.sums.update(totals | sum_over_ranks({"loss": loss}))
         if not is_due(self.c.train.log_every, self.progress.step):
@@ -1733,21 +1725,21 @@ class Log:
         self.since = now
         self.sums = Counter()
 
-    def point(self, point: dict[str, float]) -> None:
+    def point(self, point):
         """Keep a point of the gap curve."""
         self.write({"eval": point})
         cells = " | ".join(f"{name} {value:.3f}" for name, value in point.items())
         say(f"{self.progress.step:>7} | dev | {cells}")
         self.since = time.perf_counter()     # evaluating is no training
 
-    def write(self, row: dict) -> None:
+    def write(self, row):
         if rank_and_world()[0] == 0:
             line = json.dumps({"step": self.progress.step, "stage": self.progress.stage} | row) + "\n"
             with open(run_folder(self.c) / "metrics.jsonl", "a") as file:
                 file.write(line)
 
 
-def draw_curves(folder: Path) -> None:
+def draw_curves(folder):
     """curves.png of a run's folder: the training loss, the gap curve and obedience on dev, by step."""
     from matplotlib.figure import Figure     # half a second that only this needs
 
@@ -1785,7 +1777,7 @@ TILE = 128                                   # rows of an entry of the table of 
 compiled = triton.jit if triton else lambda function: function
 
 
-def uses_kernel(device: torch.device, head_size: int) -> bool:
+def uses_kernel(device, head_size):
     """Whether such heads are attended by `fused_attention`: on a GPU, or by Triton's interpreter."""
     if triton is None or head_size not in HEAD_SIZES:
         return False
@@ -1793,13 +1785,12 @@ def uses_kernel(device: torch.device, head_size: int) -> bool:
 
 
 @functools.lru_cache
-def is_recent_gpu(device: torch.device) -> bool:
+def is_recent_gpu(device):
     """Whether it computes in bfloat16 and has what the kernel needs: Ampere (A100, RTX 30) or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal: bool,
-                    tiles: Tensor | None = None) -> Tensor:
+def fused_attention(q, k, v, cu_seqlens, causal, tiles=None):
     """Arguments and result are those of `plain_attention`; tiles: fused_tiles' result, shared by layers.
 
     D is one of HEAD_SIZES; bfloat16 and float16 are added up in float32, and float32 is computed as such. The
@@ -1814,7 +1805,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, causal:
     return out
 
 
-def fused_tiles(cu_seqlens: Tensor, causal: bool, positions: int) -> Tensor:
+def fused_tiles(cu_seqlens, causal, positions):
     """The kernels' table of tiles (n, 4) int32, the most work first, made without waiting for the device.
 
     A row is: first position and length of a document, the number of a tile in it, and that of the tile's
@@ -1970,7 +1961,7 @@ def key_gradient(q, k, v, dout, dk, dv, lse, delta, T, tiles, causal: constexpr,
     tl.store(cells(dv, start, home, rows, D), dvalues, mask=rows[:, None] < length)
 
 
-def tile_shape(kernel: Any, D: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+def tile_shape(kernel, D, dtype):
     """(rows, columns, warps, loads in flight) of a kernel's tiles: as large as its warps' registers hold."""
     if dtype == torch.float32:               # no tensor cores; a dot's operands take registers too
         shapes = {
@@ -1985,7 +1976,7 @@ def tile_shape(kernel: Any, D: int, dtype: torch.dtype) -> tuple[int, int, int, 
     return TILE, 64 if D < 128 else 32, 8, 2                            # and two gradients
 
 
-def launch(kernel: Any, tiles: Tensor, causal: bool, q: Tensor, k: Tensor, *others: Tensor) -> None:
+def launch(kernel, tiles, causal, q, k, *others):
     """Programs for every tile and head; the heads of one tile stand together, so the longest come first."""
     positions, heads, D = q.shape
     rows, cols, warps, stages = tile_shape(kernel, D, q.dtype)
@@ -2042,7 +2033,7 @@ attention_op.register_autograd(run_backward, setup_context=keep_for_backward)
 # 13. The command line
 # --------------------------------------------------------------------------------------------------
 
-def main(arguments: list[str]) -> None:
+def main(arguments):
     c = synth.load_config(arguments)
     if c.ask:
         print(ask(c))

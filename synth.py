@@ -53,8 +53,6 @@ Names: `c` is all settings, `settings` its section synth (both of class Settings
 dict with "id", "timbre", "lang" and what its engine wants, `waveform` (samples,) float32 from -1 to 1.
 Arguments have no annotations: docstrings give shapes and units.
 """
-from __future__ import annotations
-
 import copy
 import ctypes
 import difflib
@@ -86,7 +84,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from random import Random
-from typing import Callable, Iterable, Iterator
+from typing import Callable
 
 import numpy as np
 import soundfile
@@ -123,11 +121,11 @@ SENTENCE_END = re.compile(r"(?:[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’�
 FILLED = re.compile(r"\S(?:.*\S)?", re.S)               # what is left without the outer white space
 
 
-def count_words(text) -> int:
+def count_words(text):
     return len(WORD.findall(text))
 
 
-def choose_spans(n, share, least, most, rng) -> Ranges:
+def choose_spans(n, share, least, most, rng):
     """Choose word spans (first, end) of a document of n words; on average share * n words are chosen.
 
     Lengths are drawn first, and the words that stay text are spread over the gaps afterwards. So the share is
@@ -148,7 +146,7 @@ def choose_spans(n, share, least, most, rng) -> Ranges:
     return spans
 
 
-def draw_lengths(n, share, least, most, rng) -> list[int]:
+def draw_lengths(n, share, least, most, rng):
     """Draw span lengths from least to most until the budget of share * n words is spent.
 
     The length that goes beyond the budget is kept with the probability that makes the expectation exact.
@@ -175,7 +173,7 @@ def draw_lengths(n, share, least, most, rng) -> list[int]:
     return lengths
 
 
-def choose_sentences(words, share, rng) -> list[int]:
+def choose_sentences(words, share, rng):
     """Choose whole sentences, given their numbers of words; on average share of all words is chosen.
 
     >>> choose_sentences([6, 4, 9, 5], 0.4, Random(0))     # 4 + 5 of 24 words
@@ -191,7 +189,7 @@ def choose_sentences(words, share, rng) -> list[int]:
     return sorted(i for i in chosen if words[i])
 
 
-def sentences(text) -> Ranges:
+def sentences(text):
     """Character ranges of the sentences, outer white space left out.
 
     >>> sentences("One. Two!"), "One. Two!"[5:9]
@@ -202,7 +200,7 @@ def sentences(text) -> Ranges:
     return [m.span() for m in found if m]
 
 
-def segments(text, settings, rng) -> Ranges:
+def segments(text, settings, rng):
     """Character ranges of the text that shall be spoken, in order: whole words, or whole sentences.
 
     >>> text = "tom puts the ball in the old garden."
@@ -219,11 +217,11 @@ def segments(text, settings, rng) -> Ranges:
     return [(words[first][0], words[end - 1][1]) for first, end in spans]
 
 
-def text_part(text, loss) -> dict:
+def text_part(text, loss):
     return {"role": "text", "text": text, "loss": loss}
 
 
-def splice(text, ranges, loss, voice_for) -> list[dict]:
+def splice(text, ranges, loss, voice_for):
     """Cut a text into parts: the ranges are spoken, each by a voice of its own, the rest is text.
 
     ranges: of characters. What its voice cannot read stays text. Joining the parts' texts gives the text
@@ -250,7 +248,7 @@ def splice(text, ranges, loss, voice_for) -> list[dict]:
     return parts
 
 
-def spoken_range(turn, share, least, rng) -> Ranges:
+def spoken_range(turn, share, least, rng):
     """What of a dialogue's turn is spoken: a user's is, with probability `share`, from its first word on.
 
     Or, half the time, from a later word on, `least` words at least (None: never): the model then meets
@@ -269,7 +267,7 @@ def spoken_range(turn, share, least, rng) -> Ranges:
     return [(starts[first], len(turn["content"]))]
 
 
-def splice_dialogue(turns, ranges, targets, voice_for) -> dict:
+def splice_dialogue(turns, ranges, targets, voice_for):
     """Splice every turn of a dialogue: ranges[i] is spoken of turn i; the roles `targets` carry loss.
 
     >>> turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
@@ -295,7 +293,7 @@ TASKS = {
 # A recipe takes a document, the settings, the generator and `voice_for`, and yields samples, of which
 # plan_shard (section 6) completes id, recipe and lang.
 
-def interleaved(document, settings, rng, voice_for) -> Iterator[dict]:
+def interleaved(document, settings, rng, voice_for):
     """Stage 1's own recipe: text with segments of it spoken; in dialogues a question, or its tail, is spoken.
 
     >>> settings = load_config(["synth.level=sentence", "synth.share=0.4"]).synth
@@ -313,7 +311,7 @@ def interleaved(document, settings, rng, voice_for) -> Iterator[dict]:
         yield splice_dialogue(turns, ranges, ROLES, voice_for)
 
 
-def tasks(document, settings, rng, voice_for) -> Iterator[dict]:
+def tasks(document, settings, rng, voice_for):
     """Speech tasks: a sentence or question, or some words of it, is spoken; then it is transcribed, or named
     who speaks. Four samples of a document.
 
@@ -355,7 +353,7 @@ def tasks(document, settings, rng, voice_for) -> Iterator[dict]:
         yield {"parts": [heard, question, text_part(" " + answer, True)], "messages": None}
 
 
-def plain_text(document, settings, rng, voice_for) -> Iterator[dict]:
+def plain_text(document, settings, rng, voice_for):
     """Pure text, so that the LLM keeps what it knows; every position is a target.
 
     >>> list(plain_text({"text": "it is red."}, load_config([]).synth, Random(0), None))
@@ -364,7 +362,7 @@ def plain_text(document, settings, rng, voice_for) -> Iterator[dict]:
     return interleaved(document, settings, rng, lambda words: None)        # no voice can read it
 
 
-def chat(document, settings, rng, voice_for) -> Iterator[dict]:
+def chat(document, settings, rng, voice_for):
     """Fine-tuning: dialogues whose questions are spoken or typed; the answers alone are targets.
 
     A document that is no dialogue gives no sample.
@@ -381,7 +379,7 @@ def chat(document, settings, rng, voice_for) -> Iterator[dict]:
         yield splice_dialogue(turns, ranges, ("assistant",), voice_for)
 
 
-def continuation(document, settings, rng, voice_for) -> Iterator[dict]:
+def continuation(document, settings, rng, voice_for):
     """Behaviour alignment (BLSP, arXiv 2309.00916; the paper stacks it on top): what a model read is spoken,
     and what it wrote then is the target; so it learns to do the same when it hears.
 
@@ -411,7 +409,7 @@ RECIPES = {"interleaved": interleaved, "tasks": tasks, "text": plain_text, "chat
            "continuation": continuation}
 
 
-def parts_of(sample) -> list[list[dict]]:
+def parts_of(sample):
     """The sample's lists of parts: one for a document, one a message for a dialogue.
 
     >>> parts_of({"parts": None, "messages": [{"role": "user", "content": [text_part("hi", True)]}]})
@@ -442,12 +440,12 @@ PARAMETERS = {  # name: (espeak's number, espeak's own default, for a voice that
 GAIN = 0.8
 
 
-def nearest(name, valid) -> str:
+def nearest(name, valid):
     """The valid name that is most like this one: `nearest("en-su", ["en-us", "cmn"])` -> "en-us"."""
     return difflib.get_close_matches(str(name), list(valid), 1, 0.0)[0]
 
 
-def hash_share(text) -> float:
+def hash_share(text):
     """A text's fixed place in [0, 1), spread evenly: the first 32 bits of its SHA-256.
 
     >>> hash_share("tom"), hash_share("anna")
@@ -456,14 +454,14 @@ def hash_share(text) -> float:
     return int(hashlib.sha256(text.encode()).hexdigest()[:8], 16) / 2 ** 32
 
 
-def split_at(place, test, dev) -> str:
+def split_at(place, test, dev):
     """"test" for the places from 0 to `test`, "dev" for the next `dev`, "train" for the rest."""
     if place < test:
         return "test"
     return "dev" if place < test + dev else "train"
 
 
-def language(code) -> str:
+def language(code):
     """A code without its region; the Chinese ones whose voices read the script are one.
 
     >>> language("en-GB-scotland"), language("cmn"), language("yue")
@@ -474,7 +472,7 @@ def language(code) -> str:
 
 
 @functools.cache
-def espeak_files() -> tuple[str, Path]:
+def espeak_files():
     """Library and data folder of espeak-ng's wheel; imported late: it is GPL-3, only its user needs it."""
     try:
         import espeakng_loader
@@ -485,7 +483,7 @@ def espeak_files() -> tuple[str, Path]:
 
 
 @functools.cache
-def accents() -> dict[str, str]:
+def accents():
     """{language code: voice file}: {"en-us": "gmw/en-US", "cmn": "sit/cmn"}; a file's first code counts."""
     folder = espeak_files()[1] / "lang"
     files = {}
@@ -497,13 +495,13 @@ def accents() -> dict[str, str]:
 
 
 @functools.cache
-def timbres() -> dict[str, dict]:
+def timbres():
     """{timbre: {"vocal_tract", "gender"}} of the variant files."""
     folder = espeak_files()[1] / "voices" / "!v"
     return {path.name: read_timbre(path.read_text(errors="replace")) for path in sorted(folder.iterdir())}
 
 
-def read_timbre(text) -> dict[str, str | None]:
+def read_timbre(text):
     """Vocal tract and gender of a variant file.
 
     The vocal tract is the frequencies of formants 1 to 5, in percent. Files that differ in name, pitch,
@@ -522,7 +520,7 @@ def read_timbre(text) -> dict[str, str | None]:
     return {"vocal_tract": vocal_tract, "gender": gender and gender[1].lower()}
 
 
-def timbre_split(timbre, held_out) -> str:
+def timbre_split(timbre, held_out):
     """"train", "dev" or "test": by hash of the vocal tract, or of the name where it is no timbre of espeak's.
 
     Never by rate or pitch. held_out: the shares of vocal tracts that are in dev alone and in test alone.
@@ -538,7 +536,7 @@ def timbre_split(timbre, held_out) -> str:
     return split_at(place, held_out["test"], held_out["dev"])
 
 
-def espeak_voice(accent, timbre, **parameters) -> dict:
+def espeak_voice(accent, timbre, **parameters):
     """A checked voice; parameters: rate, pitch, volume, range; "gender" only where the variant file tells it.
 
     >>> espeak_voice("en-us", "f3", rate=172, pitch=44)["id"]
@@ -554,7 +552,7 @@ def espeak_voice(accent, timbre, **parameters) -> dict:
     return voice
 
 
-def candidates(split, settings) -> list:
+def candidates(split, settings):
     """What `draw_voice` chooses from for "train", "dev" or "test": voices of the engine, or espeak's timbres.
 
     Each split has vocal tracts of its own; a single timbre serves them all. UserError where none is left.
@@ -570,7 +568,7 @@ def candidates(split, settings) -> list:
     return [voice for voice in voices if voice["timbre"] in fit] or sorted(fit)
 
 
-def draw_voice(rng, choices, settings, lang="en") -> dict | None:
+def draw_voice(rng, choices, settings, lang="en"):
     """One voice for one segment in this language; None where there is no voice of it.
 
     choices: what `candidates` gave; settings: engine, accents, rate, pitch. A `lang` that is itself one of
@@ -611,13 +609,13 @@ class Espeak:
         signature = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
         self.callback = signature(self.collect)        # kept here, or Python frees it under espeak's feet
 
-    def collect(self, wave, samples, events) -> int:
+    def collect(self, wave, samples, events):
         """espeak's callback: keep the samples (int16 at the address `wave`) and ask for more."""
         if wave and samples > 0:
             self.pieces.append(ctypes.string_at(wave, 2 * samples))
         return 0
 
-    def speak(self, text, voice) -> np.ndarray:
+    def speak(self, text, voice):
         """text -> (n,) float32 in [-0.8, 0.8] at `self.rate` (22,050 Hz). A parameter that the voice leaves
         out is set to espeak's default, or it would keep the last voice's."""
         name = f"{accents()[voice['accent']]}+{voice['timbre']}"
@@ -633,13 +631,13 @@ class Espeak:
             raise UserError(f"espeak-ng refused voice {voice['id']!r} (return codes {codes}): take another.")
         return np.frombuffer(b"".join(self.pieces), np.int16) * np.float32(GAIN / 32768)
 
-    def __call__(self, texts, voices, seed) -> tuple[list[np.ndarray], int]:
+    def __call__(self, texts, voices, seed):
         self.library.espeak_ng_SetRandSeed(seed)
         return [self.speak(text, voice) for text, voice in zip(texts, voices, strict=True)], self.rate
 
 
 @functools.cache                            # a python: engine serves all shards of a process
-def load_engine(name) -> Callable:
+def load_engine(name):
     """"espeak", or "python:<module>:<function>": the user's own, say CosyVoice 2 in python:my_voices:speak.
 
     Its attribute `voices`, [{"id", "timbre", "lang", …}], is drawn from; else it gets espeak's voices.
@@ -667,7 +665,7 @@ UNSPEAKABLE = re.compile(r"https?:|www\.|\S@\S+\.\w|[{}<>\[\]\\|_^~`=#*]|\w/\w+/
 FOREIGN = {"en": re.compile("[^\\W\\d_A-Za-zÀ-ɏ]"), "zh": re.compile("[^\\W\\d_A-Za-zÀ-ɏ㐀-鿿豈-﫿]")}
 
 
-def speakable(text, lang) -> bool:
+def speakable(text, lang):
     """Can a voice of this language ("en-gb", "cmn") say it? By script only English and Chinese are judged.
 
     >>> [speakable(text, "en-us") for text in ("the ball is red", "see https://a.b", "球是红的")]
@@ -677,7 +675,7 @@ def speakable(text, lang) -> bool:
     return bool(re.search(r"\w", text)) and not UNSPEAKABLE.search(text) and not foreign.search(text)
 
 
-def to_16k(waveform, rate) -> np.ndarray:
+def to_16k(waveform, rate):
     """(n,) at `rate` -> (ceil(n * 16000 / rate),) float32 at 16 kHz, by the clip's spectrum.
 
     What lies above 8 kHz is cut off. From 22,050 Hz, 441 samples in are 320 out: the clip is padded with
@@ -697,7 +695,7 @@ def to_16k(waveform, rate) -> np.ndarray:
 BABBLE_VOICES = 5
 
 
-def noise_of(kind, samples, clips, rng) -> np.ndarray:
+def noise_of(kind, samples, clips, rng):
     """(samples,) float32 of noise, of any level.
 
     kind: white; pink (power falls as 1/f); coloured (its power walks at random from octave to octave); babble
@@ -720,7 +718,7 @@ def noise_of(kind, samples, clips, rng) -> np.ndarray:
     return np.fft.irfft(spectrum, samples).astype(np.float32)
 
 
-def mix(speech, noise, snr) -> np.ndarray:
+def mix(speech, noise, snr):
     """(samples,) of both, with `snr` dB between their energies, never beyond full scale."""
     scale = np.sqrt(np.sum(speech ** 2) / np.sum(noise ** 2)) * 10 ** (-snr / 20)
     mixed = speech + scale * noise
@@ -744,7 +742,7 @@ def lay_noise(parts, settings, rng):
         part["noise"] = f"{kind} {snr:.0f} dB"
 
 
-def gate(waveform, text, limits) -> str | None:
+def gate(waveform, text, limits):
     """None if the clip ((n,) float32, 16 kHz) is fit to train on, else the reason. Limits: min_rms (of full
     scale), max_clipped (share of samples), chars_per_second [low, high], max_seconds.
 
@@ -771,14 +769,14 @@ def gate(waveform, text, limits) -> str | None:
     return "too slow" if pace < low else None
 
 
-def flac_bytes(waveform) -> bytes:
+def flac_bytes(waveform):
     """(samples,) float32 at 16 kHz -> FLAC, 16 bit mono, clamped; the same samples give the same bytes."""
     file = io.BytesIO()
     soundfile.write(file, waveform, RATE, format="FLAC", subtype="PCM_16")
     return file.getvalue()
 
 
-def decode_flac(data) -> np.ndarray:
+def decode_flac(data):
     """FLAC bytes -> (samples,) float32 at 16 kHz."""
     return soundfile.read(io.BytesIO(data), dtype="float32")[0]
 
@@ -791,7 +789,7 @@ def decode_flac(data) -> np.ndarray:
 # tar readers lose samples silently: of 16-member shards cut at a random byte one in three raises nothing.
 # --------------------------------------------------------------------------------------------------
 
-def shard_path(c, recipe, split, number) -> Path:
+def shard_path(c, recipe, split, number):
     return Path(c.data) / recipe / f"{split}-{number:06d}.tar"
 
 
@@ -829,19 +827,19 @@ def write_shard(path, samples, clips, counts):
     write_whole(path, data, bytes(1024))                    # a tar file ends with zeros
 
 
-def read_index(path) -> dict:
+def read_index(path):
     """The index of a shard x.tar: {"count", "counts", "samples": [[id, offset, length, CRC-32], …]}."""
     return json.loads(path.with_suffix(".json").read_bytes())
 
 
 @functools.lru_cache(maxsize=256)
-def open_shard(path) -> tuple[io.FileIO, np.ndarray]:
+def open_shard(path):
     """An open shard and, of each sample, (offset, length, CRC-32)."""
     rows = read_index(path)["samples"]
     return open(path, "rb", buffering=0), np.array([row[1:] for row in rows], np.int64)
 
 
-def read_sample(path, number) -> tuple[dict, dict[str, bytes]]:
+def read_sample(path, number):
     """One sample: itself and its clips {"00.flac": bytes}. UserError says which one is damaged."""
     file, places = open_shard(path)
     offset, length, crc = places[number].tolist()
@@ -866,28 +864,36 @@ CORPUS_KEYS = ("corpus", "seed", "documents", "held_out_documents", "held_out_sh
                "max_document", "facts")
 
 
-def corpus_names(c) -> list[str]:
+def corpus_names(c):
     """What synth.corpus lists: "tiny", or globs, as absolute paths."""
     names = [name.strip() for name in c.synth.corpus.split(",")]
     return [name if name == "tiny" else os.path.abspath(name) for name in names]
 
 
-def make_corpus(c) -> dict[str, int]:
+def make_corpus(c):
     """Write the corpus shards that the settings name, once; return the number of shards of each split."""
     folder = Path(c.data) / "corpus"
     index = folder / "index.json"                           # written last: where it is, the corpus is whole
     keep_settings(c, folder, CORPUS_KEYS, begun=index.is_file())
     if not index.is_file():
-        counts = Counter()
+        waiting = {"train": [], "dev": [], "test": []}
+        shards = Counter()
+
+        def write(split):
+            write_whole(folder / f"{split}-{shards[split]:06d}.jsonl", *waiting[split])
+            waiting[split].clear()
+            shards[split] += 1
+
         for split, document in split_documents(c):
             for piece in cut_document(document, c.synth.max_document):
-                number, place = divmod(counts[split], c.synth.shard_documents)
-                with open(folder / f"{split}-{number:06d}.jsonl", "ab" if place else "wb") as file:
-                    file.write(json.dumps(piece, ensure_ascii=False).encode() + b"\n")
-                counts[split] += 1
-        if not counts["train"]:
+                waiting[split].append(json.dumps(piece, ensure_ascii=False).encode() + b"\n")
+                if len(waiting[split]) == c.synth.shard_documents:
+                    write(split)
+        for split in waiting:
+            if waiting[split]:
+                write(split)
+        if not shards["train"]:
             raise UserError(f"synth.corpus={c.synth.corpus!r} holds no text; check the files.")
-        shards = {split: math.ceil(count / c.synth.shard_documents) for split, count in counts.items()}
         write_whole(index, json.dumps(shards).encode())
     return json.loads(index.read_text())
 
@@ -902,7 +908,7 @@ def keep_settings(c, folder, keys, begun):
         "choose another folder with data=…, or make it anew with python synth.py fresh=true"))
 
 
-def split_documents(c) -> Iterator[tuple[str, dict]]:
+def split_documents(c):
     """The documents, each with its split: the tiny world's know theirs, others are divided by hash."""
     settings = c.synth
     for name in corpus_names(c):
@@ -921,7 +927,7 @@ def split_documents(c) -> Iterator[tuple[str, dict]]:
             yield split_at(place, settings.held_out_share, settings.held_out_share), document
 
 
-def read_documents(path) -> Iterator[dict]:
+def read_documents(path):
     """Stream cleaned documents from *.jsonl or *.jsonl.gz (one a line) or *.txt (blank lines between them).
 
     Empty ones are left out. UserError names a file and line that is no document.
@@ -941,7 +947,7 @@ def read_documents(path) -> Iterator[dict]:
                         f'"messages" [{{"role", "content"}}] with roles of {", ".join(ROLES)}.') from None
 
 
-def document_of(row) -> dict:
+def document_of(row):
     """The cleaned document of a line, without other keys. Raises an error of some kind if there is none.
 
     >>> document_of({"text": "<b>5 &lt; 7</b>", "lang": "en", "url": "a.b"})
@@ -965,13 +971,13 @@ def document_of(row) -> dict:
     return document
 
 
-def texts_of(document) -> list[str]:
+def texts_of(document):
     if "messages" in document:
         return [turn["content"] for turn in document["messages"]]
     return [document["text"]]
 
 
-def clean(text) -> str:
+def clean(text):
     """Keep the text, drop tags, character references and control characters.
 
     >>> clean("<p>5 &lt; 7,\\x00 a < b &amp; c</p>")
@@ -985,16 +991,17 @@ def clean(text) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def cut_document(document, most) -> list[dict]:
-    """Cut a document into pieces of at most `most` words: training leaves out what is longer than a pack."""
-    if "spoken" in document or "endless" in document:
-        return [document]                                   # what belongs together
-    if "messages" in document:
-        return [document | {"messages": piece} for piece in cut_dialogue(document["messages"], most)]
+def cut_document(document, most):
+    """Cut a text into pieces of at most `most` words: training leaves out what is longer than a pack.
+
+    Dialogues stay whole: an answer without its question would teach nothing.
+    """
+    if "messages" in document or "spoken" in document or "endless" in document:
+        return [document]
     return [document | {"text": piece} for piece in cut_text(document["text"], most)]
 
 
-def cut_text(text, most) -> list[str]:
+def cut_text(text, most):
     """Cut a text at sentence ends; a sentence that is too long alone is cut before its words.
 
     White space stays at the end of the piece before, so that joining the pieces gives the text back.
@@ -1007,49 +1014,16 @@ def cut_text(text, most) -> list[str]:
     for start, end in itertools.pairwise([*starts, len(text)]):
         words = [m.start() for m in WORD.finditer(text, start, end)]
         cuts += [start, *words[most::most]]
-    units = [text[start:end] for start, end in itertools.pairwise([*cuts, len(text)])]
-    return ["".join(group) for group in grouped(units, most, count_words)]
-
-
-def cut_dialogue(turns, most) -> list[list[dict]]:
-    """Cut a dialogue before user turns; a leading system turn is repeated in every piece.
-
-    An exchange that is too long alone stays whole: an answer without its question would teach nothing.
-
-    >>> said = {"system": "be kind", "user": "what is red", "assistant": "it is the apple"}
-    >>> turns = [{"role": role, "content": said[role]} for role in ("system", *2 * ("user", "assistant"))]
-    >>> [[turn["role"] for turn in piece] for piece in cut_dialogue(turns, 9)]
-    [['system', 'user', 'assistant'], ['system', 'user', 'assistant']]
-    """
-    def words_of(turns) -> int:
-        return sum(count_words(turn["content"]) for turn in turns)
-
-    opening = [turn for turn in turns[:1] if turn["role"] == "system"]
-    exchanges = []                                          # each begins with a user's turn
-    for turn in turns[len(opening):]:
-        if turn["role"] == "user" or not exchanges:
-            exchanges.append([])
-        exchanges[-1].append(turn)
-    groups = grouped(exchanges, most - words_of(opening), words_of)
-    return [opening + sum(group, []) for group in groups or [[]]]
-
-
-def grouped(units, most, words_of) -> list[list]:
-    """Put neighbours together as long as they have at most `most` words.
-
-    >>> grouped(["a b", "c", "d e", "f g h i"], most=3, words_of=count_words)
-    [['a b', 'c'], ['d e'], ['f g h i']]
-    """
-    groups = []
-    total = 0
-    for unit in units:
-        words = words_of(unit)
-        if not groups or total + words > most:
-            groups.append([])
-            total = 0
-        groups[-1].append(unit)
-        total += words
-    return groups
+    pieces = [""]
+    held = 0                                                # words of the last piece
+    for start, end in itertools.pairwise([*cuts, len(text)]):
+        words = count_words(text[start:end])
+        if held + words > most:
+            pieces.append("")
+            held = 0
+        pieces[-1] += text[start:end]
+        held += words
+    return pieces
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1065,7 +1039,7 @@ CLIPS_AT_ONCE = 32                # clips that an engine speaks in one call, and
 GOLDEN = (5 ** 0.5 - 1) / 2       # its multiples, modulo 1, lie evenly however many they are
 
 
-def plan_shard(c, recipe, split, number) -> list[dict]:
+def plan_shard(c, recipe, split, number):
     """The samples of corpus shard `number`; their speech parts have a voice, a dict, and no clip yet."""
     choices = candidates(split, c.synth)
     samples = []
@@ -1074,7 +1048,7 @@ def plan_shard(c, recipe, split, number) -> list[dict]:
         lang = document.get("lang", c.synth.lang)
         rng = Random(f"{c.seed} {recipe} {split} {number} {place}")
 
-        def voice_for(words) -> dict | None:
+        def voice_for(words):
             return draw_voice(rng, choices, c.synth, lang) if speakable(words, lang) else None
 
         for sample in RECIPES[recipe](document, c.synth, rng, voice_for):
@@ -1109,7 +1083,7 @@ def make_shard(c, recipe, split, number):
     write_shard(shard_path(c, recipe, split, number), samples, clips, counts)
 
 
-def speak(parts, settings, noise, seed) -> Counter:
+def speak(parts, settings, noise, seed):
     """Give every speech part its clip, "flac", and "seconds"; one that fails the gate becomes text again.
 
     Noise comes after the gate, so that it hides nothing from it and nothing unfit is anybody's babble.
@@ -1138,7 +1112,7 @@ def speak(parts, settings, noise, seed) -> Counter:
     return counts
 
 
-def joined(parts) -> list[dict]:
+def joined(parts):
     """The parts, neighbouring texts of the same loss made one."""
     done = []
     for (role, loss), group in itertools.groupby(parts, key=lambda part: (part["role"], part.get("loss"))):
@@ -1149,7 +1123,7 @@ def joined(parts) -> list[dict]:
     return done
 
 
-def wanted_shards(c) -> list[Key]:
+def wanted_shards(c):
     """All shards that the settings ask for, as (recipe, split, number); makes the corpus if need be.
 
     They lie evenly in the corpus, and more shards are these and others. For dev one shard of each recipe is
@@ -1168,10 +1142,9 @@ def wanted_shards(c) -> list[Key]:
 def make_shards(c):
     """Make the shards of this process's share that do not exist yet, then print the closing report."""
     if c.fresh:
-        shutil.rmtree(Path(c.data) / "tokenizer", ignore_errors=True)      # of the text that goes
-        for name in ("corpus", *RECIPES):
-            if (Path(c.data) / name / "settings.yaml").is_file():          # else it is not ours
-                shutil.rmtree(Path(c.data) / name)
+        for name in ("*/settings.yaml", "tokenizer-*/tokenizer.json"):     # other folders are not ours
+            for path in Path(c.data).glob(name):
+                shutil.rmtree(path.parent)
     wanted = wanted_shards(c)
     shaping = [key for key in (*c.synth, "seed") if key not in ("shards", "workers")]
     for recipe in c.synth.shards:
@@ -1240,7 +1213,7 @@ class Settings(dict):
 
     __setattr__ = dict.__setitem__
 
-    def __getattr__(self, key) -> object:
+    def __getattr__(self, key):
         if key not in self:
             raise AttributeError(f"there is no setting {key}")
         return self[key]
@@ -1249,7 +1222,7 @@ class Settings(dict):
 class StrictLoader(yaml.SafeLoader):
     """PyYAML alone reads 1e-4 as a text, and of a key that stands twice the last."""
 
-    def construct_mapping(self, node, deep=False) -> dict:
+    def construct_mapping(self, node, deep=False):
         for key, count in Counter(key.value for key, _ in node.value).items():
             if count > 1:
                 raise UserError(f"The key {key} stands twice in the settings, near line "
@@ -1265,7 +1238,7 @@ class Argument(str):
     """A value as it stands on the command line: a text where the key wants one, YAML otherwise."""
 
 
-def load_config(arguments, **own) -> Settings:
+def load_config(arguments, **own):
     """config.yaml, then the profile, then arguments such as "train.clip=0.5".
 
     own: further keys with their defaults. train.stages={…} replaces all stages; each is completed from
@@ -1293,7 +1266,7 @@ def load_config(arguments, **own) -> Settings:
     return c
 
 
-def overlay(base, over, prefix, where) -> dict:
+def overlay(base, over, prefix, where):
     """Lay `over` upon `base`, section by section; prefix and where: for the UserError.
 
     >>> overlay({"a": {"b": 1, "c": 2.0}}, {"a": {"c": Argument("3")}}, prefix="", where="here")
@@ -1319,7 +1292,7 @@ def overlay(base, over, prefix, where) -> dict:
     return base
 
 
-def as_settings(value) -> object:
+def as_settings(value):
     return Settings({k: as_settings(v) for k, v in value.items()}) if isinstance(value, dict) else value
 
 
@@ -1361,7 +1334,7 @@ def same_settings(path, now, remedy, shaping=lambda settings: settings, begun=Tr
     write_whole(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
 
 
-def dotted(settings, prefix="") -> dict:
+def dotted(settings, prefix=""):
     """Flatten nested settings: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
     for key, value in settings.items():
@@ -1425,14 +1398,14 @@ FACT_WORDS = " ".join(f"{x} {y}" for known in FACTS.values() for x, y in known.i
 LEXICON = sorted({*NOUNS, *KEYWORDS, *NUMBERS, *FACT_WORDS})
 
 
-def tiny_world(seed, split, documents, facts) -> Iterator[dict]:
+def tiny_world(seed, split, documents, facts):
     """Stream the documents: dialogues {"messages"} and stories {"text"} by turns, fixed by the arguments."""
     for n in range(documents):
         rng = Random(f"{seed} world {split} {n}")
         yield {"text": story(rng, facts)} if n % 2 else {"messages": dialogue(rng, split)}
 
 
-def story(rng, facts) -> str:
+def story(rng, facts):
     """Write four sentences or a few more; facts: how often one is told in each of FACT_FORMS."""
     forms = [form for form, times in facts.items() for _ in range(times)]
     sentences = []
@@ -1441,7 +1414,7 @@ def story(rng, facts) -> str:
     return " ".join(sentences)
 
 
-def draw_scenes(rng, forms) -> list[list[str]]:
+def draw_scenes(rng, forms):
     """The scenes that a story may go on with; in most a sentence needs an earlier one: where is the ball now?
 
     What people say is any words of the world: a word that is rare in facts and questions is heard often
@@ -1472,7 +1445,7 @@ def draw_scenes(rng, forms) -> list[list[str]]:
         *told]
 
 
-def fact(rng, forms, a, b) -> str:
+def fact(rng, forms, a, b):
     """Tell a fact in one of FACT_FORMS; in some of them a asks and b replies."""
     kind = rng.choice([*sorted(FACTS), *["sum"] * 6])                  # many sums, for there are a hundred
     x, (y,) = draw_arguments(kind, rng)
@@ -1482,7 +1455,7 @@ def fact(rng, forms, a, b) -> str:
     return form.format(stated=stated, kind=kind, again=again, y=y, Y=y.upper(), a=a, b=b)
 
 
-def dialogue(rng, split) -> list[dict]:
+def dialogue(rng, split):
     """One to three questions with their answers; the speaker corrects a tenth, a tenth is disfluent."""
     turns = []
     for _ in range(rng.randint(1, 3)):
@@ -1497,7 +1470,7 @@ def dialogue(rng, split) -> list[dict]:
     return turns
 
 
-def draw_instruction(rng, split, kinds) -> dict:
+def draw_instruction(rng, split, kinds):
     """Draw an instruction of one split: its prompt, reference answer and the checks that judge an answer."""
     while True:
         kind = rng.choice(kinds)
@@ -1510,7 +1483,7 @@ def draw_instruction(rng, split, kinds) -> dict:
             return instruction(kind=kind, x=x, words=words, constraint=constraint, value=value, rng=rng)
 
 
-def draw_arguments(kind, rng) -> tuple[str, list[str]]:
+def draw_arguments(kind, rng):
     """Draw an instruction's arguments as they are worded, and the words that answer it, in order.
 
     ('two to five', ['two', 'three', 'four', 'five']) for "count"; ('sun', ['yellow']) for "colour".
@@ -1541,7 +1514,7 @@ def draw_arguments(kind, rng) -> tuple[str, list[str]]:
     return " ".join(words), words if kind == "repeat" else words[::-1]
 
 
-def split_of(kind, x, constraint) -> str:
+def split_of(kind, x, constraint):
     """The split an instruction belongs to, by hash of the triple (kind, arguments, constraint).
 
     Where the answer is computed (counting, sums, word lists) whole arguments are held out instead, under
@@ -1556,7 +1529,7 @@ def split_of(kind, x, constraint) -> str:
     return split_at(hash_share(key) * 2 ** 32 % 100, test=15, dev=5)       # percent
 
 
-def instruction(kind, x, words, constraint, value, rng) -> dict:
+def instruction(kind, x, words, constraint, value, rng):
     """Word an instruction: "what colour is the sun, in capital letters", whose answer is "IT IS YELLOW."."""
     rule = CONSTRAINTS[constraint]
     ask = rng.choice(KINDS[kind]["ask"]).format(x=x)
@@ -1578,7 +1551,7 @@ def instruction(kind, x, words, constraint, value, rng) -> dict:
             "instruction_id_list": ids, "kwargs": kwargs}
 
 
-def constrained(plain, words, form, value) -> str:
+def constrained(plain, words, form, value):
     """The plain answer in the form that a constraint and its value ask for.
 
     >>> constrained("It is yellow.", ["yellow"], "{s} I like the {v}.", "winter")
@@ -1600,7 +1573,7 @@ def constrained(plain, words, form, value) -> str:
         bullets="\n".join(f"* {word}" for word in words))
 
 
-def content_check(kind, x, words) -> tuple[str, dict]:
+def content_check(kind, x, words):
     """The rule for the content, in the form of one more verifiable instruction: (id, arguments)."""
     if kind == "name":
         count, group = x.split()
@@ -1610,7 +1583,7 @@ def content_check(kind, x, words) -> tuple[str, dict]:
     return "tiny:answer", {"kind": kind, "words": words}
 
 
-def draw_adjustment(rng, split, kinds) -> dict:
+def draw_adjustment(rng, split, kinds):
     """Draw an instruction whose speaker corrects himself: "count from two to five, no wait, from two to six".
 
     The checks are those of the corrected instruction; `withdrawn` has those of the one taken back.
@@ -1630,7 +1603,7 @@ def draw_adjustment(rng, split, kinds) -> dict:
     return new | {"prompt": prompt, "withdrawn": withdrawn}
 
 
-def disfluent(prompt, rng) -> str:
+def disfluent(prompt, rng):
     """Speak a prompt as people do, with fillers and a repetition at random places.
 
     >>> disfluent("what colour is the sun", Random(2))

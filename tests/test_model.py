@@ -422,6 +422,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
 
 @pytest.mark.parametrize("family, settings, says", [
     ("llama", {"rope_parameters": YARN}, "yarn"),
+    ("llama", {"hidden_act": "gelu"}, "The LLM is a llama"),
     ("mistral", {}, "The LLM is a mistral")])
 def test_an_llm_that_ours_cannot_compute_is_named(tmp_path, family, settings, says):
     small_llm(family, **settings).save_pretrained(tmp_path / "llm")
@@ -582,6 +583,10 @@ def damage(folder: Path, how: str) -> None:
             settings["text_config"]["intermediate_size"] = 41
         case "more layers":
             settings["audio_config"]["encoder_layers"] = 3
+        case "fewer layers":
+            settings["audio_config"]["encoder_layers"] = 1
+        case "fewer LLM layers":
+            settings["text_config"] |= {"num_hidden_layers": 1, "layer_types": None}
     path.write_text(json.dumps(settings)[:-1 if how == "not json" else None])
     if how == "no config":
         path.unlink()
@@ -593,9 +598,12 @@ def damage(folder: Path, how: str) -> None:
     ("20KB", "cut index", "does not open"),
     ("5GB", "no weights", "safetensors"),
     ("20KB", "no weights", "safetensors"),
+    ("5GB", "no config", "config.json"),
     ("5GB", "not json", "config.json"),
     ("5GB", "other sizes", "does not open"),
-    ("5GB", "more layers", "it has no .*layers.2")])
+    ("5GB", "more layers", r"disagree at .*audio_tower.*\.2\."),
+    ("5GB", "fewer layers", r"disagree at .*audio_tower.*\.1\."),
+    ("5GB", "fewer LLM layers", r"disagree at .*language_model.*\.1\.")])
 def test_damaged_checkpoints_are_expected(tmp_path, shard, how, says):
     Qwen2AudioForConditionalGeneration(config()).save_pretrained(tmp_path, max_shard_size=shard)
     damage(tmp_path, how)
@@ -605,10 +613,27 @@ def test_damaged_checkpoints_are_expected(tmp_path, shard, how, says):
 
 
 def test_checkpoints_of_another_kind_are_expected(tmp_path):
+    """They are refused by their config.json, before anything is loaded."""
     small_whisper().save_pretrained(tmp_path / "w")
     small_llm("qwen2").save_pretrained(tmp_path / "llm")
-    with pytest.raises(EXPECTED, match="llm does not open as a Whisper"):
+    for kind in ("w", "llm"):
+        with pytest.raises(EXPECTED, match=f"{kind} does not open .*configuration class"):
+            M.load_model(tmp_path / kind)
+    with pytest.raises(EXPECTED, match="llm does not open .*configuration class"):
         M.join_models(f"{tmp_path}/llm", f"{tmp_path}/llm", Ids(), 0)
+    with pytest.raises(EXPECTED, match="/w: its config.json and its weights disagree"):
+        M.join_models(f"{tmp_path}/w", f"{tmp_path}/w", Ids(), 0)
+
+
+@pytest.mark.parametrize("which", ["w", "llm"])
+def test_surplus_weights_of_joined_models_are_expected(tmp_path, which):
+    small_whisper().save_pretrained(tmp_path / "w")
+    small_llm("qwen2").save_pretrained(tmp_path / "llm")
+    path = tmp_path / which / "config.json"
+    fewer = {"encoder_layers": 1} if which == "w" else {"num_hidden_layers": 1, "layer_types": None}
+    path.write_text(json.dumps(json.loads(path.read_text()) | fewer))
+    with pytest.raises(EXPECTED, match=r"disagree at .*layers\.1\."):
+        M.join_models(f"{tmp_path}/w", f"{tmp_path}/llm", Ids(), 0)
 
 
 def test_unknown_names_are_expected(monkeypatch):
@@ -768,11 +793,16 @@ def test_word_loss_is_the_sum_over_all_alignments(given, competing):
     assert torch.equal(model(batch, 64, classes), M.word_loss(model, batch, classes))
 
 
-def test_word_loss_without_clips_or_words_is_zero(tiny):
-    for documents in ([document([("text", 5)])], [document([("clip", 2400)])]):
-        loss = tiny(M.collate(documents, 80), 64, torch.arange(64))
-        loss.backward()
-        assert loss == 0
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("plan", [[("text", 5)], [("clip", 2400)]])
+def test_word_loss_without_clips_or_words_is_zero(tie, plan):
+    """Still everything that a CTC stage trains has a gradient, for the other ranks wait for it."""
+    model = loud(M.random_model(config(tie_word_embeddings=tie), 1))
+    trained = M.freeze(model, synth.Settings({"ctc": True, "lr_scale": {}}))
+    loss = model(M.collate([document(plan)], 80), 64, torch.arange(64))
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and not p.grad.any() for p in trained)
 
 
 # --------------------------------------------------------------------------------------------------
