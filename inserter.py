@@ -996,6 +996,7 @@ class Lanes(IterableDataset):
             lanes = lanes[worker.id::worker.num_workers]
             os.setpgrp()                 # away from torchrun's SIGTERM, which goes to whole process groups:
                                          # a rank reads on until all stop at one step
+            synth.end_with_parent()
             torch.set_num_threads(1)
         tok = Tokenizer(self.hf)
         streams = [packs_of_lane(self.c, tok, self.mels, self.stage_name, lane, self.cursors[lane])
@@ -1017,7 +1018,7 @@ def feed(c, tok, mels, progress, lanes):
         try:
             yield list(itertools.islice(packs, len(lanes)))
         except UserError as error:           # PyTorch puts a reading process's traceback before the sentence
-            raise UserError(str(error).rpartition("UserError: ")[2]) from None
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
 def fork_server():

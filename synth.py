@@ -1348,12 +1348,12 @@ def run(main):
     try:
         main(sys.argv[1:])
     except Exception as error:
-        names = {kind.__name__ for kind in type(error).__mro__}
-        if not names & EXPECTED or "debug=true" in sys.argv:
-            raise
         if os.environ.get("RANK", "0") != "0":              # torchrun ends this rank once rank 0 has spoken
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if not names & EXPECTED or "debug=true" in sys.argv:
+            raise
         sentence = " ".join(str(error).split())
         if not isinstance(error, UserError):
             sentence = f"{type(error).__name__}: {sentence.rstrip('.')}."
