@@ -13,7 +13,7 @@ tiny        synthesis and training of the tiny world, a few steps, end to end
 
 Clips and documents are drawn here, from a seed; nothing is read or downloaded. Without a GPU: one sentence,
 status 2. INSERTER_DRY=1 walks through all of it on a CPU at toy sizes, `correct` in Triton's interpreter, to
-see that this file works; its numbers mean nothing. speed.py takes some functions from here.
+see that this file works; its numbers mean nothing.
 
 Legend, as in inserter.py: T positions of a pack   Hq, Hkv query and key-value heads   D head size
 """
@@ -25,7 +25,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -38,24 +37,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 DRY = os.environ.get("INSERTER_DRY") == "1"
 if DRY:
-    os.environ["TRITON_INTERPRET"] = "1"     # as triton is imported; a model would be too slow in it
+    os.environ["TRITON_INTERPRET"] = "1"     # it is looked at when a kernel is defined
 
 import numpy as np                           # noqa: E402
 import torch                                 # noqa: E402
 import torch._dynamo                         # noqa: E402
 import torch.nn.functional as F              # noqa: E402
-import transformers                          # noqa: E402
 from torch import Tensor, nn                 # noqa: E402
-from torch.nn.utils.rnn import pad_sequence  # noqa: E402
 from transformers import Qwen2AudioConfig    # noqa: E402
 
 import inserter                              # noqa: E402
+import speed                                 # noqa: E402
 import synth                                 # noqa: E402
-from inserter import HOP, IGNORE, Encoded, InSerter, audio_positions, convolved     # noqa: E402
+from inserter import HOP, Encoded, InSerter, audio_positions, convolved    # noqa: E402
+from speed import Drawn, padded_flops, step_flops, targets_of    # noqa: E402
 from synth import RATE, UserError            # noqa: E402
 
-if DRY:
-    del os.environ["TRITON_INTERPRET"]
+os.environ.pop("TRITON_INTERPRET", None)     # or a model would be attended in it
 DEVICE = torch.device("cpu" if DRY else "cuda")
 PACK_LENGTH = 400 if DRY else 8192
 SECONDS = 510                                # no new row is begun later than this
@@ -84,9 +82,6 @@ def guarded(name: str, function: Callable, *arguments: Any) -> Any:
 # --------------------------------------------------------------------------------------------------
 # 1. Samples: how long clips and documents are
 # --------------------------------------------------------------------------------------------------
-
-Drawn = list[tuple[str, float]]              # [("text", 31 tokens), ("speech", 3.2 seconds), …]
-
 
 def draw_sample(rng: random.Random) -> Drawn:
     """Texts' tokens and clips' seconds of one sample, in turn.
@@ -174,8 +169,10 @@ def output_and_gradients(function: Callable, inputs: list[Tensor], dout: Tensor)
 
 
 def check_configuration(dtype: torch.dtype, D: int, causal: bool, heads: tuple[int, int]) -> dict:
-    """Three runs of the kernel against the definition in a wider type; the bound is twice its own error in the
-    same type and a unit in the last place."""
+    """Three runs of the kernel against the definition in a wider type.
+
+    The bound is twice the error of the definition in the same type, and a unit in the last place.
+    """
     rng = random.Random(D)
     drawn = [rng.randint(1, 40 if DRY else 900) for _ in range(2 if DRY else 6)]
     lengths = [0, 1, 3, 300, 0, 129, *drawn]
@@ -219,10 +216,11 @@ def check_no_waiting() -> bool:
 
 
 def measure_correctness() -> dict:
-    print("\ncorrectness: largest error over (2 x naive error of the same type + one unit in the last place); "
-          "<= 1 is wanted")
+    print("\ncorrectness: largest error in units of its bound; at most 1 is wanted")
     print(f"  {'type':9}{'D':>4} {'causal':7}{'heads':9}{'out':>6}{'dq':>6}{'dk':>6}{'dv':>6}  "
           f"{'relative':>9}  repeats")
+    if DRY:
+        os.environ["TRITON_INTERPRET"] = "1"
     groups = (2, 1) if DRY else (14, 2)
     rows = []
     for dtype in (*HALVES, torch.float32):
@@ -231,6 +229,7 @@ def measure_correctness() -> dict:
                 name = f"correct {dtype} {D} {causal} {heads}"
                 rows.append(guarded(name, check_configuration, dtype, D, causal, heads))
     no_waiting = bool(guarded("no waiting", check_no_waiting))
+    os.environ.pop("TRITON_INTERPRET", None)
     passed = sum(bool(row and row["passed"]) for row in rows)
     print(f"  {passed} of {len(rows)} passed; {'no synchronisation' if no_waiting else 'SYNCHRONISES'}")
     return {"rows": rows, "no synchronisation": no_waiting}
@@ -339,16 +338,11 @@ def time_peer(name: str, case: Case) -> dict[str, float]:
     return {"forward": milliseconds(forward, case.replayed), "both": milliseconds(both, case.replayed)}
 
 
-def attention_flops(case: Case, direction: str) -> float:
-    """Products of matrices: two in the forward pass, five more in the backward pass; half if causal."""
-    work = sum(n * n for n in case.lengths) * 4 * case.D * case.Hq
-    if direction == "both":
-        work *= 3.5
-    return work / 2 if case.causal else work
-
-
 def time_peers(case: Case) -> dict:
-    """A row of the table: milliseconds of every peer, and TFLOP/s of the work that the documents need."""
+    """A row of the table: milliseconds of every peer, and TFLOP/s of the work that the documents need.
+
+    That is two products of matrices in the forward pass and five in the backward pass; half of it if causal.
+    """
     row = dataclasses.asdict(case) | {"times": {}}
     for name in PEERS:
         times = guarded(f"{case.name} D={case.D} causal={case.causal} {name}", time_peer, name, case)
@@ -356,7 +350,8 @@ def time_peers(case: Case) -> dict:
             row["times"][name] = times
     cells = ""
     for direction in ("forward", "both"):
-        work = attention_flops(case, direction)
+        work = sum(n * n for n in case.lengths) * case.D * case.Hq * (2 if case.causal else 4)
+        work *= 3.5 if direction == "both" else 1
         row[direction] = {name: work / times[direction] / 1e9 for name, times in row["times"].items()}
         cells += "".join(f"{row[direction].get(name, math.nan):9.0f}" for name in PEERS)
     print(f"  {case.name:16}{case.D:4} {str(case.causal):6}{cells}", flush=True)
@@ -403,79 +398,16 @@ def measure_kernel() -> dict:
 # 4. A training step against transformers
 # --------------------------------------------------------------------------------------------------
 
-def untied_config(audio: dict, text: dict) -> Qwen2AudioConfig:
-    """Untied, so that both sides train the same parameters: transformers ignores tied embeddings."""
-    return Qwen2AudioConfig(audio_config=audio, text_config=text | {"tie_word_embeddings": False},
-                            audio_token_index=text["vocab_size"] - 1)
-
-
 def step_config() -> Qwen2AudioConfig:
     """Whisper-small and Qwen2.5-0.5B."""
     if DRY:
-        sizes = synth.load_config([]).model
-        return untied_config(dict(sizes.audio), dict(sizes.text))
+        return speed.tiny_config()
     audio = {"num_mel_bins": 80, "d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12,
              "encoder_ffn_dim": 3072, "max_source_positions": 1500}
     text = {"vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14,
             "num_key_value_heads": 2, "intermediate_size": 4864,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    return untied_config(audio, text)
-
-
-def make_sample(drawn: Drawn, config: Qwen2AudioConfig, rng: np.random.Generator) -> Encoded:
-    """Noise for speech, random words for text; all text is a target."""
-    audio = config.audio_token_index
-    ids = []
-    is_target = []
-    clips = []
-    for role, n in drawn:
-        if role == "text":
-            ids += rng.integers(0, audio - 2, n).tolist()
-            is_target += [True] * n
-        else:
-            clips.append((0.1 * rng.standard_normal(round(n * RATE))).astype(np.float32))
-            heard = audio_positions(len(clips[-1]))
-            ids += [audio - 2] + [audio] * heard + [audio - 1]
-            is_target += [False] * (heard + 2)
-    labels = [i if target else IGNORE for i, target in zip([*ids[1:], 0], [*is_target[1:], True])]
-    return Encoded("sample", [*ids, 0], [*labels, IGNORE], clips, word_ids=[[] for _ in clips])
-
-
-def targets_of(batch: dict[str, Tensor]) -> int:
-    return int((batch["labels"] != IGNORE).sum())
-
-
-def step_flops(config: Qwen2AudioConfig, lengths: Tensor, frames: Tensor, targets: float) -> float:
-    """Multiplications and additions of a step over real tokens and frames, forward and backward.
-
-    A matrix takes two per entry and row; attention two products of L x L x width per clip, half of that where
-    causal. Nothing that is padded, recomputed or not a matrix product counts.
-
-    lengths: (documents,) positions   frames: (clips,) of 10 ms   targets: positions that have logits
-    """
-    audio = config.audio_config
-    text = config.text_config
-    d = audio.d_model
-    outputs = convolved(frames).double()     # L of each clip
-    tokens = lengths.double()
-    queries = inserter.head_size_of(text) * text.num_attention_heads
-    keys = inserter.head_size_of(text) * text.num_key_value_heads
-    convolutions = 2 * 3 * d * (2 * audio.num_mel_bins + d) * outputs.sum()
-    matrices = 4 * d ** 2 + 2 * d * audio.encoder_ffn_dim
-    encoder_block = 2 * matrices * outputs.sum() + 4 * d * (outputs ** 2).sum()
-    adapter = 2 * text.hidden_size * d * (outputs // 2).sum()
-    matrices = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
-    llm_block = 2 * matrices * tokens.sum() + 2 * queries * (tokens ** 2).sum()
-    head = 2 * text.hidden_size * text.vocab_size * targets
-    forward = convolutions + audio.encoder_layers * encoder_block + adapter
-    return 3 * float(forward + text.num_hidden_layers * llm_block + head)
-
-
-def padded_flops(config: Qwen2AudioConfig, samples: list[Encoded]) -> float:
-    """The same when every clip lasts 30 s and logits are made at every position."""
-    lengths = torch.tensor([len(sample.ids) for sample in samples])
-    clips = sum(len(sample.clips) for sample in samples)
-    return step_flops(config, lengths, torch.full((clips,), inserter.MAX_FRAMES), int(lengths.sum()))
+    return speed.untied_config(audio, text)
 
 
 def count_operations() -> dict:
@@ -501,52 +433,6 @@ def count_operations() -> dict:
             for name, work in sums.items()}
 
 
-def loud_model(config: Qwen2AudioConfig) -> InSerter:
-    """Random weights that all count: a fresh model's blocks are the identity."""
-    model = inserter.random_model(config, seed=1)
-    for p in model.parameters():
-        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    return model
-
-
-def peer_of(model: InSerter) -> tuple[nn.Module, int]:
-    """transformers' model of the same weights, and how many names of the checkpoint were not used."""
-    with tempfile.TemporaryDirectory() as folder:
-        inserter.save_model(model, Path(folder))
-        peer, report = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
-            folder, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True)
-    for trained in (model, peer):            # Whisper's positions are constants
-        for name, p in trained.named_parameters():
-            p.requires_grad_("embed_positions" not in name)
-    return peer.train(), len(report["missing_keys"]) + len(report["unexpected_keys"])
-
-
-def their_batches(samples: list[Encoded], at_once: int) -> list[dict[str, Tensor]]:
-    """The same samples for transformers, sorted by length to spare padding."""
-    extract = transformers.WhisperFeatureExtractor(80)
-    samples = sorted(samples, key=lambda sample: len(sample.ids))
-    batches = []
-    for start in range(0, len(samples), at_once):
-        some = samples[start:start + at_once]
-        ids = [torch.tensor(sample.ids) for sample in some]
-        labels = [torch.tensor([IGNORE, *sample.labels[:-1]]) for sample in some]
-        batch = {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE)}
-        clips = [clip for sample in some for clip in sample.clips]
-        if clips:
-            heard = extract(clips, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
-            batch["input_features"] = heard.input_features
-            batch["feature_attention_mask"] = heard.attention_mask
-        batches.append(batch)
-    return batches
-
-
-def on_device(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    return [{name: x.to(DEVICE) for name, x in batch.items()} for batch in batches]
-
-
 def compare_losses(model: InSerter, peer: nn.Module, samples: list[Encoded]) -> dict:
     """Mean losses of the four shortest samples in float32."""
     few = sorted(samples, key=lambda sample: len(sample.ids))[:4]
@@ -554,7 +440,7 @@ def compare_losses(model: InSerter, peer: nn.Module, samples: list[Encoded]) -> 
     torch.backends.cudnn.allow_tf32 = False              # their convolutions would be rounded to 10 bits
     with torch.no_grad():
         mine = float(model(batch, chunk=2048)) / targets_of(batch)
-        theirs = float(peer(**on_device(their_batches(few, 4))[0]).loss)
+        theirs = float(peer(**speed.their_batches(few, 4, DEVICE)[0]).loss)
     agree = abs(mine - theirs) < 1e-3
     print(f"  losses of four samples in float32: {mine:.6f} and {theirs:.6f}{'' if agree else '  DIFFER'}")
     return {"ours": mine, "transformers": theirs, "agree": agree}
@@ -603,7 +489,7 @@ def measure_ours(model: InSerter, packs: list[dict], checkpointing: bool, compil
 
 def measure_theirs(peer: nn.Module, samples: list[Encoded], packs: int, at_once: int) -> dict:
     """All packs' samples in one step, over micro-batches; their features are made untimed, too."""
-    batches = on_device(their_batches(samples, at_once))
+    batches = speed.their_batches(samples, at_once, DEVICE)
     row = time_steps(peer, lambda: (peer(**batch).loss / len(batches) for batch in batches), 1 if DRY else 3)
     row |= {"at once": at_once, "seconds": row["seconds"] / packs}
     print("  transformers, " + ", ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
@@ -613,12 +499,12 @@ def measure_theirs(peer: nn.Module, samples: list[Encoded], packs: int, at_once:
 def measure_step() -> dict:
     config = step_config()
     rng = np.random.default_rng(0)
-    made = [[make_sample(drawn, config, rng) for drawn in draw_pack(seed, PACK_LENGTH)]
+    made = [[speed.make_sample(drawn, config, rng) for drawn in draw_pack(seed, PACK_LENGTH)]
             for seed in range(1 if DRY else 2)]
     samples = [sample for pack in made for sample in pack]
     packs = [inserter.collate(pack, config.audio_config.num_mel_bins) for pack in made]
-    model = loud_model(config)
-    peer, unmatched = peer_of(model)
+    model = speed.loud_model(config)
+    peer, unmatched = speed.peer_of(model)
     model.to(DEVICE)
     peer.to(DEVICE)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -641,8 +527,10 @@ def measure_step() -> dict:
             results["transformers"] += [row] if row else []
     if results["ours"] and results["transformers"]:
         best, theirs = (min(row["seconds"] for row in results[who]) for who in ("ours", "transformers"))
-        work = sum(step_flops(config, pack["lengths"], pack["frames"], targets_of(pack)) for pack in packs)
-        results |= {"ratio": theirs / best, "by FLOPs": padded_flops(config, samples) / work}
+        lengths = torch.cat([pack["lengths"] for pack in packs])
+        frames = torch.cat([pack["frames"] for pack in packs])
+        work = step_flops(config, lengths, frames, sum(map(targets_of, packs)))
+        results |= {"ratio": theirs / best, "by FLOPs": padded_flops(config, lengths, len(frames)) / work}
         print(f"  {results['ratio']:.1f} times as fast (wanted 3), by FLOPs {results['by FLOPs']:.1f}; "
               "MFU wanted 45 %")
     return results
@@ -674,20 +562,6 @@ def measure_tiny(folder: Path) -> dict:
     return {"seconds": time.perf_counter() - begun, "log": lines[-30:]}
 
 
-def about_machine() -> dict:
-    if DRY:
-        return {"device": "cpu"}
-    a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
-    machine = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": inserter.triton.__version__,
-        "cuda": torch.version.cuda,
-        "matrix product TFLOP/s": round(2 * 8192 ** 3 / milliseconds(lambda: a @ a) / 1e9)}
-    print(machine)
-    return machine
-
-
 def main(arguments: list[str]) -> None:
     measures = {
         "correct": measure_correctness,
@@ -703,8 +577,9 @@ def main(arguments: list[str]) -> None:
     if chosen != ["operations"]:
         if not DRY and not torch.cuda.is_available():
             raise UserError("experiments/gpu.py needs a CUDA GPU, and torch finds none here.")
-        measures["machine"] = about_machine
-        chosen = ["machine", *chosen]
+        RESULTS["machine"] = "CPU" if DRY else torch.cuda.get_device_name()
+        RESULTS["versions"] = {"torch": torch.__version__, "triton": inserter.triton.__version__}
+        print(RESULTS["machine"], RESULTS["versions"])
     folder.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         if is_late():

@@ -1,9 +1,10 @@
 """How fast: synthesis against the bare TTS library, a training step against transformers.
 
-    python tests/speed.py [synth] [step] [full]     (all by default; full: a step at Qwen's whole vocabulary)
-    REAL_WEIGHTS=FOLDER python tests/speed.py real  a step of Whisper-tiny and SmolLM2-135M, from FOLDER's copies
+    python experiments/speed.py [synth] [step] [full]     all by default; full: at Qwen's whole vocabulary
+    REAL_WEIGHTS=FOLDER python experiments/speed.py real  Whisper-tiny and SmolLM2-135M, copies in FOLDER
 
-Writes results/speed.json. One thread, what is compared runs in turn, medians. What counts is the ratios.
+Writes results/speed.json. One thread, what is compared runs in turn, medians of ROUNDS. What counts is the
+ratios. gpu.py compares the same on a GPU, by the functions of section 2.
 """
 import ctypes
 import gc
@@ -19,21 +20,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, WhisperFeatureExtractor
-
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+import numpy as np                           # noqa: E402
+import torch                                 # noqa: E402
+import transformers                          # noqa: E402
+from torch import Tensor, nn                 # noqa: E402
+from torch.nn.utils.rnn import pad_sequence  # noqa: E402
+from transformers import Qwen2AudioConfig    # noqa: E402
 
 import inserter                              # noqa: E402
 import synth                                 # noqa: E402
-from synth import Settings                   # noqa: E402
+from inserter import IGNORE, Encoded, InSerter, audio_positions, convolved    # noqa: E402
+from synth import RATE, Settings             # noqa: E402
 
 ROUNDS = 7
-TEXT = 30                                    # tokens of a sample behind its clip, all of them targets
 clock = time.perf_counter
 
 
@@ -42,7 +44,10 @@ clock = time.perf_counter
 # --------------------------------------------------------------------------------------------------
 
 def bare(espeak: synth.Espeak, texts: list[str], voices: list[dict]) -> float:
-    """What the library alone needs: set voice and parameters, synthesise, keep the bytes -> seconds."""
+    """What the library alone does: set voice and parameters, synthesise, keep the bytes.
+
+    -> seconds of speech
+    """
     library = espeak.library
     pieces = []
 
@@ -80,12 +85,13 @@ class Stopwatch:
 def whole(espeak: synth.Espeak, texts: list[str], voices: list[dict], settings: Settings, path: Path,
           timed: Stopwatch) -> None:
     """The same clips as synth.py makes them, into a shard on disk."""
-    samples, clips = [], {}
+    samples = []
+    clips = {}
     for first in range(0, len(texts), synth.CLIPS_AT_ONCE):
         some = slice(first, first + synth.CLIPS_AT_ONCE)
         waves, rate = timed("synthesis", espeak, texts[some], voices[some], first)
-        waves = timed("resampling", synth.to_16k, waves, rate)
         for text, voice, wave in zip(texts[some], voices[some], waves):
+            wave = timed("resampling", synth.to_16k, wave, rate)
             if timed("gate", synth.gate, wave, text, settings.gate):
                 continue
             name = f"speed-train-{len(samples):06d}"
@@ -93,17 +99,17 @@ def whole(espeak: synth.Espeak, texts: list[str], voices: list[dict], settings: 
                 "role": "speech",
                 "text": text,
                 "audio": "00.flac",
-                "seconds": len(wave) / synth.RATE,
+                "seconds": len(wave) / RATE,
                 "voice": voice["id"]}
             samples.append({"id": name, "recipe": "tasks", "lang": "en", "parts": [part], "messages": None})
-            clips[name] = {"00.flac": timed("flac", lambda w: synth.flac_bytes(synth.to_int16(w)), wave)}
-    timed("json, tar, digest, disk", synth.write_shard, path, samples, clips, {"counts": {}})
+            clips[name] = {"00.flac": timed("flac", synth.flac_bytes, wave)}
+    timed("json, tar, disk", synth.write_shard, path, samples, clips, {})
 
 
 def draw_spans(c: Settings, rng: random.Random, count: int) -> list[str]:
     """Spans of the tiny world's stories, as long as those that synth.py speaks."""
     spans = []
-    for _ in range(count):
+    while len(spans) < count:
         story = synth.story(rng, c.synth.facts)
         spans += [story[start:end] for start, end in synth.segments(story, c.synth, rng)]
     return spans[:count]
@@ -112,12 +118,13 @@ def draw_spans(c: Settings, rng: random.Random, count: int) -> list[str]:
 def measure_synth() -> dict:
     c = synth.load_config([])
     rng = random.Random(0)
-    espeak = synth.Espeak()
+    espeak = synth.load_engine("espeak")
     texts = draw_spans(c, rng, 300)
     candidates = synth.candidates("train", c.synth)
     voices = [synth.draw_voice(rng, candidates, c.synth) for _ in texts]
     timed = Stopwatch()
-    bares, wholes = [], []
+    bares = []
+    wholes = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train-000000.tar"
         bare(espeak, texts[:20], voices)                                 # warm both
@@ -140,135 +147,172 @@ def measure_synth() -> dict:
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "shares": shares}
-    show_synth(results, 1000 * statistics.mean(wholes) / len(texts))
-    return results
-
-
-def show_synth(results: dict, clip_ms: float) -> None:
-    ratios = results["ratios"]
-    print(f"\nsynthesis: {results['clips']} clips, {results['speech_seconds']:.0f} s of speech, "
-          f"{ROUNDS} rounds in turn, one thread")
+    print(f"\nsynthesis: {len(texts)} clips, {speech:.0f} s of speech, {ROUNDS} rounds in turn, one thread")
     print(f"  espeak alone {results['bare_real_time']:,.0f} x real time, whole path "
           f"{results['whole_real_time']:,.0f} x: {results['ratio']:.0%} (from {min(ratios):.0%} to "
           f"{max(ratios):.0%}; wanted 55 %)")
-    for part, share in sorted(results["shares"].items(), key=lambda item: -item[1]):
+    clip_ms = 1000 * statistics.mean(wholes) / len(texts)
+    for part, share in sorted(shares.items(), key=lambda item: -item[1]):
         print(f"  {part:24s}{share:6.1%} {share * clip_ms:7.2f} ms a clip")
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. A training step, against Qwen2AudioForConditionalGeneration
+# 2. The same weights and samples for ours and for transformers' Qwen2AudioForConditionalGeneration
 # --------------------------------------------------------------------------------------------------
 
-def config_of(vocab: int, audio: dict, text: dict) -> Qwen2AudioConfig:
+Drawn = list[tuple[str, float]]    # of a sample: [("text", 31 tokens), ("speech", 3.2 seconds), …]
+
+
+def untied_config(audio: dict, text: dict) -> Qwen2AudioConfig:
     """Untied, so that both sides train the same parameters: transformers ignores tied embeddings."""
-    audio = {"model_type": "qwen2_audio_encoder"} | audio
-    text = {"model_type": "qwen2", "vocab_size": vocab, "tie_word_embeddings": False} | text
-    return Qwen2AudioConfig(audio_config=audio, text_config=text, audio_token_index=vocab - 1)
+    return Qwen2AudioConfig(audio_config=audio, text_config=text | {"tie_word_embeddings": False},
+                            audio_token_index=text["vocab_size"] - 1)
 
+
+def loud_model(config: Qwen2AudioConfig) -> InSerter:
+    """Random weights that all count: a fresh model's blocks are the identity."""
+    model = inserter.random_model(config, seed=1)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return model
+
+
+def peer_of(model: InSerter) -> tuple[nn.Module, int]:
+    """transformers' model of the same weights, and how many names of the checkpoint it did not understand."""
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        inserter.save_model(model, Path(folder))
+        peer, report = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=torch.float32, output_loading_info=True)
+    for trained in (model, peer):            # Whisper's positions are constants
+        for name, p in trained.named_parameters():
+            p.requires_grad_("embed_positions" not in name)
+    return peer.train(), len(report["missing_keys"]) + len(report["unexpected_keys"])
+
+
+def make_sample(drawn: Drawn, config: Qwen2AudioConfig, rng: np.random.Generator) -> Encoded:
+    """Noise for speech, random words for text; all text is a target."""
+    audio = config.audio_token_index
+    ids = []
+    is_target = []
+    clips = []
+    for role, n in drawn:
+        if role == "text":
+            ids += rng.integers(0, audio - 2, n).tolist()
+            is_target += [True] * n
+        else:
+            clips.append((0.1 * rng.standard_normal(round(n * RATE))).astype(np.float32))
+            heard = audio_positions(len(clips[-1]))
+            ids += [audio - 2] + [audio] * heard + [audio - 1]
+            is_target += [False] * (heard + 2)
+    labels = [i if target else IGNORE for i, target in zip([*ids[1:], 0], [*is_target[1:], True])]
+    return Encoded("sample", [*ids, 0], [*labels, IGNORE], clips, word_ids=[[] for _ in clips])
+
+
+def targets_of(batch: dict[str, Tensor]) -> int:
+    return int((batch["labels"] != IGNORE).sum())
+
+
+def their_batches(samples: list[Encoded], at_once: int, device: str = "cpu") -> list[dict[str, Tensor]]:
+    """The samples for transformers, sorted by length to spare padding, with their log-mel features."""
+    extract = transformers.WhisperFeatureExtractor(80)
+    samples = sorted(samples, key=lambda sample: len(sample.ids))
+    batches = []
+    for start in range(0, len(samples), at_once):
+        some = samples[start:start + at_once]
+        ids = [torch.tensor(sample.ids) for sample in some]
+        labels = [torch.tensor([IGNORE, *sample.labels[:-1]]) for sample in some]
+        batch = {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE)}
+        clips = [clip for sample in some for clip in sample.clips]
+        if clips:
+            heard = extract(clips, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
+            batch["input_features"] = heard.input_features
+            batch["feature_attention_mask"] = heard.attention_mask
+        batches.append({name: x.to(device) for name, x in batch.items()})
+    return batches
+
+
+def step_flops(config: Qwen2AudioConfig, lengths: Tensor, frames: Tensor, targets: float) -> float:
+    """Multiplications and additions of a step over real tokens and frames, forward and backward.
+
+    A matrix takes two per entry and row; attention two products of L x L x width per clip, half of that where
+    causal. Nothing that is padded, recomputed or not a matrix product counts.
+
+    lengths: (documents,) positions   frames: (clips,) of 10 ms   targets: positions that have logits
+    """
+    audio = config.audio_config
+    text = config.text_config
+    d = audio.d_model
+    outputs = convolved(frames).double()     # L of each clip
+    tokens = lengths.double()
+    queries = inserter.head_size_of(text) * text.num_attention_heads
+    keys = inserter.head_size_of(text) * text.num_key_value_heads
+    convolutions = 2 * 3 * d * (2 * audio.num_mel_bins + d) * outputs.sum()
+    matrices = 4 * d ** 2 + 2 * d * audio.encoder_ffn_dim
+    encoder_block = 2 * matrices * outputs.sum() + 4 * d * (outputs ** 2).sum()
+    adapter = 2 * text.hidden_size * d * (outputs // 2).sum()
+    matrices = text.hidden_size * (2 * queries + 2 * keys + 3 * text.intermediate_size)
+    llm_block = 2 * matrices * tokens.sum() + 2 * queries * (tokens ** 2).sum()
+    head = 2 * text.hidden_size * text.vocab_size * targets
+    forward = convolutions + audio.encoder_layers * encoder_block + adapter
+    return 3 * float(forward + text.num_hidden_layers * llm_block + head)
+
+
+def padded_flops(config: Qwen2AudioConfig, lengths: Tensor, clips: int) -> float:
+    """The same when every clip lasts 30 s and logits are made at every position."""
+    return step_flops(config, lengths, torch.full((clips,), inserter.MAX_FRAMES), int(lengths.sum()))
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. A training step on one thread of a CPU
+# --------------------------------------------------------------------------------------------------
 
 def tiny_config() -> Qwen2AudioConfig:
     """The sizes of config.yaml."""
-    m = synth.load_config([]).model
-    audio = {
-        "num_mel_bins": m.mels,
-        "encoder_layers": m.encoder_layers,
-        "d_model": m.encoder_width,
-        "encoder_attention_heads": m.encoder_heads,
-        "encoder_ffn_dim": 4 * m.encoder_width}
-    text = {
-        "num_hidden_layers": m.llm_layers,
-        "hidden_size": m.llm_width,
-        "num_attention_heads": m.llm_heads,
-        "num_key_value_heads": m.llm_kv_heads,
-        "intermediate_size": m.llm_ffn}
-    return config_of(m.vocab, audio, text)
+    sizes = synth.load_config([]).model
+    return untied_config(dict(sizes.audio), dict(sizes.text))
 
 
 def base_config(vocab: int) -> Qwen2AudioConfig:
     """Whisper-base and four layers of Qwen2.5-0.5B."""
-    audio = {
-        "num_mel_bins": 80,
-        "encoder_layers": 6,
-        "d_model": 512,
-        "encoder_attention_heads": 8,
-        "encoder_ffn_dim": 2048}
-    text = {
-        "num_hidden_layers": 4,
-        "hidden_size": 896,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864}
-    return config_of(vocab, audio, text)
+    audio = {"num_mel_bins": 80, "d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8,
+             "encoder_ffn_dim": 2048, "max_source_positions": 1500}
+    text = {"vocab_size": vocab, "hidden_size": 896, "num_hidden_layers": 4, "num_attention_heads": 14,
+            "num_key_value_heads": 2, "intermediate_size": 4864}
+    return untied_config(audio, text)
 
 
-def make_batch(config: Qwen2AudioConfig, samples: int) -> tuple[dict, dict]:
-    """Samples of one clip, 2 s on average (1 to 3), and 30 tokens: as arguments of ours, and of theirs."""
+def real_model(folder: str) -> InSerter:
+    """Whisper and SmolLM2 joined; untied, for transformers' Qwen2-Audio ties nothing."""
+    whisper = f"model.encoder={folder}/whisper-tiny.en"
+    c = synth.load_config([whisper, f"model.llm={folder}/smollm2-135m-instruct"])
+    model = inserter.fresh_model(c, inserter.load_tokenizer(c))
+    model.language_model.lm_head.weight = nn.Parameter(model.language_model.lm_head.weight.detach().clone())
+    model.config.text_config.tie_word_embeddings = False
+    return model
+
+
+def measure_step(name: str, model: InSerter, count: int, with_optimizer: bool) -> dict:
+    """Steps on samples of one clip, 2 s on average (1 to 3), and 30 tokens.
+
+    Ours make their log-mel frames each time; the peer's are made beforehand.
+    """
+    peer, unmatched = peer_of(model)
+    assert not unmatched, unmatched
     rng = np.random.default_rng(0)
-    audio = config.audio_token_index
-    clips, documents, targets = [], [], []
-    for i in range(samples):
-        seconds = 1 + 2 * (i + 0.5) / samples
-        clips.append((0.1 * rng.standard_normal(int(seconds * synth.RATE))).astype(np.float32))
-    for clip in clips:
-        words = torch.from_numpy(rng.integers(0, config.text_config.vocab_size - 3, TEXT))
-        heard = torch.tensor([audio - 2] + [audio] * inserter.audio_positions(len(clip)) + [audio - 1])
-        documents.append(torch.cat([heard, words]))
-        targets.append(torch.cat([torch.full_like(heard, inserter.IGNORE), words]))
-    nothing = torch.tensor([inserter.IGNORE])
-    lengths = [len(document) for document in documents]
-    ours = {
-        "ids": torch.cat(documents),
-        "labels": torch.cat([torch.cat([target[1:], nothing]) for target in targets]),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
-        "cu_seqlens": torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        "waveforms": [torch.from_numpy(clip) for clip in clips],
-        "chunk": 2048}
-    extract = WhisperFeatureExtractor(config.audio_config.num_mel_bins)
-    features = extract(clips, sampling_rate=synth.RATE, return_tensors="pt", return_attention_mask=True)
-    theirs = {
-        "input_ids": pad_sequence(documents, True),
-        "labels": pad_sequence(targets, True, inserter.IGNORE),
-        "attention_mask": pad_sequence([torch.ones_like(document) for document in documents], True),
-        "input_features": features.input_features,
-        "feature_attention_mask": features.attention_mask}
-    return ours, theirs
-
-
-def flops(config: Qwen2AudioConfig, clip_samples: list[int], padded: bool) -> float:
-    """Multiplications and additions of a step, forward and backward, by the matrix products alone."""
-    audio = config.audio_config
-    text = config.text_config
-    d = audio.d_model
-    width = text.hidden_size
-    head_size = width // text.num_attention_heads
-    heads = text.num_attention_heads + text.num_key_value_heads
-    matrices = width * head_size * 2 * heads + 3 * width * text.intermediate_size
-    longest = max(map(inserter.audio_positions, clip_samples)) + 2 + TEXT
-    total = 0
-    for samples in clip_samples:
-        heard = inserter.audio_positions(samples)
-        frames = 3000 if padded else inserter.context_frames(samples)
-        rows = frames // 2
-        pooled = 750 if padded else heard
-        length = longest if padded else heard + 2 + TEXT
-        asked = longest if padded else TEXT
-        convolutions = 2 * 3 * d * (frames * audio.num_mel_bins + rows * d)
-        encoder_block = 2 * rows * (12 * d ** 2) + 4 * rows ** 2 * d
-        llm_block = 2 * length * matrices + 2 * length ** 2 * width
-        forward = convolutions + audio.encoder_layers * encoder_block + 2 * pooled * d * width
-        forward += text.num_hidden_layers * llm_block
-        logits = 2 * width * text.vocab_size * asked
-        total += 3 * forward + logits * (3 if padded else 4)             # ours are computed again going back
-    return total
-
-
-def measure_step(name: str, model: inserter.InSerter, samples: int, with_optimizer: bool) -> dict:
-    config = model.config
-    ours, theirs = make_batch(config, samples)
-    peer = peer_of(model)
-    targets = samples * TEXT
-    forwards = {"inserter": lambda: model(**ours) / targets, "transformers": lambda: peer(**theirs).loss}
+    seconds = [1 + 2 * (n + 0.5) / count for n in range(count)]
+    samples = [make_sample([("speech", length), ("text", 30)], model.config, rng) for length in seconds]
+    batch = inserter.collate(samples, model.mels)
+    (theirs,) = their_batches(samples, count)
+    targets = targets_of(batch)
     models = {"inserter": model, "transformers": peer}
+    forwards = {
+        "inserter": lambda: model(inserter.collate(samples, model.mels), chunk=2048) / targets,
+        "transformers": lambda: peer(**theirs).loss}
     trained = {who: [p for p in network.parameters() if p.requires_grad] for who, network in models.items()}
     counts = {who: sum(p.numel() for p in parameters) for who, parameters in trained.items()}
     assert counts["inserter"] == counts["transformers"], counts
@@ -291,46 +335,20 @@ def measure_step(name: str, model: inserter.InSerter, samples: int, with_optimiz
     step("transformers")
     rounds = [(step("inserter"), step("transformers")) for _ in range(ROUNDS)]
     ratios = [slow / fast for fast, slow in rounds]
-    clip_samples = [len(waveform) for waveform in ours["waveforms"]]
+    longest = torch.full((count,), theirs["input_ids"].shape[1])
+    logits = targets * 4 / 3                 # made again in the backward pass, beside three products
+    work = step_flops(model.config, batch["lengths"], batch["frames"], logits)
     results = {
         "parameters": counts["inserter"],
-        "samples": samples,
+        "samples": count,
         "losses": losses,
         "inserter_seconds": statistics.median(fast for fast, _ in rounds),
         "transformers_seconds": statistics.median(slow for _, slow in rounds),
         "ratio": statistics.median(ratios),
         "ratios": ratios,
-        "flop_ratio": flops(config, clip_samples, True) / flops(config, clip_samples, False)}
+        "flop_ratio": padded_flops(model.config, longest, count) / work}
     show_step(name, results, with_optimizer)
     return results
-
-
-def loud_model(config: Qwen2AudioConfig) -> inserter.InSerter:
-    """Random weights that all count: a fresh model's blocks are the identity."""
-    model = inserter.random_model(config, 1)
-    for p in model.parameters():
-        if p.requires_grad:
-            p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    return model
-
-
-def real_model(folder: str) -> inserter.InSerter:
-    """Whisper and SmolLM2 joined; untied, for transformers' Qwen2-Audio ties nothing."""
-    c = synth.load_config([f"model.encoder={folder}/whisper-tiny.en", f"model.llm={folder}/smollm2-135m-instruct"])
-    model = inserter.fresh_model(c, inserter.load_tokenizer(c))
-    model.language_model.lm_head.weight = nn.Parameter(model.language_model.lm_head.weight.detach().clone())
-    model.config.text_config.tie_word_embeddings = False
-    return model
-
-
-def peer_of(model: inserter.InSerter) -> nn.Module:
-    """transformers' model of the same weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        inserter.save_model(model, folder)
-        peer = Qwen2AudioForConditionalGeneration.from_pretrained(folder, attn_implementation="sdpa")
-    for name, p in peer.named_parameters():  # Whisper's positions are constants
-        p.requires_grad_("embed_positions" not in name)
-    return peer.train()
 
 
 def show_step(name: str, results: dict, with_optimizer: bool) -> None:
@@ -358,22 +376,22 @@ def measure_steps(chosen: list[str]) -> dict:
         gc.collect()
         name = "Whisper-tiny.en and SmolLM2-135M-Instruct"
         rows[name] = measure_step(name, real_model(os.environ["REAL_WEIGHTS"]), 8, with_optimizer=True)
-        rows[name]["command"] = "REAL_WEIGHTS=FOLDER python tests/speed.py real"
+        rows[name]["command"] = "REAL_WEIGHTS=FOLDER python experiments/speed.py real"
     return rows
 
 
-def main(chosen: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    chosen = arguments or ["synth", "step", "full"]
     torch.set_num_threads(1)
     path = ROOT / "results" / "speed.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
     if "synth" in chosen:
         results["synth"] = measure_synth()
     results["step"] = results.get("step", {}) | measure_steps(chosen)
-    results["command"] = "python tests/speed.py"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    results["command"] = "python experiments/speed.py"
+    synth.write_whole(path, json.dumps(results, indent=1).encode() + b"\n")
     print(f"\n{path.relative_to(ROOT)} is written")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ["synth", "step", "full"])
+    synth.run(main)

@@ -16,6 +16,7 @@ checkpoint of InSerter's), else model.llm (an LLM's), else the model of the run.
     python extras/align.py run=tiny to=own.jsonl given=tiny temperature=0   it answers and continues a corpus
     python synth.py data=data/own synth.corpus=own.jsonl synth.shards='{continuation: 12}'
     torchrun inserter.py run=aligned model.from=runs/tiny/model data=data/own synth.corpus=own.jsonl \\
+        synth.shards='{continuation: 12}' \\
         train.stages.pretrain.steps=0 train.stages.align.steps=300 train.stages.sft.steps=0
 """
 import sys

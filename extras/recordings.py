@@ -241,8 +241,9 @@ def main(arguments: list[str]) -> None:
     c = synth.load_config(arguments, manifest="", score=False, max_tokens=256)          # of an answer
     if not c.manifest:
         raise UserError("manifest=FILE.json is missing: recordings, one JSON object a line.")
-    use = score if c.score else make_shards
-    use(c)
+    if c.score:
+        return score(c)
+    make_shards(c)
 
 
 if __name__ == "__main__":

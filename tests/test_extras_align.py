@@ -111,7 +111,7 @@ def test_a_file_of_somebody_else_is_left_alone(writer, text, fresh):
 
 def test_the_user_turns_of_a_corpus_are_answered(writer, tok, monkeypatch):
     """At temperature 0 with what the model answers when it is asked."""
-    monkeypatch.setattr(synth, "clean", str.strip)                      # it says little but control characters
+    monkeypatch.setattr(synth, "clean", str.strip)      # it says little but control characters
     model = inserter.load_model("model").eval()
     asks = ("where is", "who has", "is it", "say")
     questions = [f"{ask} the {thing}?" for ask in asks for thing in ("ball", "cat")]
@@ -170,8 +170,8 @@ def test_the_tiny_world_is_continued_by_a_runs_export(writer, tok):
 def test_an_llm_alone_writes(tok, tmp_path, monkeypatch):
     """A checkpoint of transformers'; what its generation_config.json asks for is not done."""
     monkeypatch.chdir(tmp_path)
-    config = transformers.LlamaConfig(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                                      num_attention_heads=2, num_key_value_heads=1)
+    config = transformers.LlamaConfig(vocab_size=600, hidden_size=32, intermediate_size=48,
+                                      num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained("llm")
     tok.hf.save_pretrained("llm")
@@ -183,6 +183,17 @@ def test_an_llm_alone_writes(tok, tmp_path, monkeypatch):
     assert lines("plain.jsonl") and lines("plain.jsonl") == lines("asked.jsonl")
     align.main([*arguments, "to=half.jsonl", "train.precision=bfloat16"])
     assert Path("half.jsonl.yaml").read_text() != Path("plain.jsonl.yaml").read_text()
+
+
+def test_padding_is_not_read(writer, tok):
+    """A prompt is continued alike beside a longer one."""
+    llm, _, _ = align.load_writer(synth.load_config(writer, **align.OPTIONS))
+    llm.model.layers[0].self_attn.o_proj.weight.data *= 50              # what is attended to matters
+    for text in ("tom has", "anna sees the ball", "it is red."):
+        prompt = tok(text)
+        alone, = align.write(llm, tok, {"0": prompt}, 60, 0.0)
+        beside, _ = align.write(llm, tok, {"0": prompt, "1": 40 * prompt}, 60, 0.0)
+        assert alone == beside
 
 
 def test_half_precision_leaves_rotary_speeds_as_they_are(writer):

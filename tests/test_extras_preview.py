@@ -86,7 +86,8 @@ class Bytes:
 
 def test_pieces_of_a_character_are_shown_together():
     ids = [97, *"球".encode(), 256, 256, 98]
-    encoded = preview.Encoded("", ids, [*ids[1:4], preview.IGNORE, preview.IGNORE, 98, preview.IGNORE], [], [])
+    labels = [*ids[1:4], preview.IGNORE, preview.IGNORE, 98, preview.IGNORE]
+    encoded = preview.Encoded("", ids, labels, [], [])
     tokens = preview.tokens_of(encoded, Bytes())
     assert tokens == [["a", False, 1], ["球", True, 1], [AUDIO, False, 2], ["b", True, 1]]
 

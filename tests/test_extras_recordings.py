@@ -117,8 +117,9 @@ def test_parts_of_a_long_recording(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     track = np.concatenate([sound(1, 8000) * loud for loud in np.linspace(0.1, 1, 40)])
     soundfile.write("long.wav", track, 8000)
-    places = [{"offset": 3, "duration": 2.0}, {"offset": "38.5"}, {"offset": 1, "duration": -1}, {"offset": 50.0},
-              {"offset": -5}, {"offset": 1e300}, {"offset": float("nan")}, {"offset": 2}, {"duration": 2},
+    places = [{"offset": 3, "duration": 2.0}, {"offset": "38.5"}, {"offset": 1, "duration": -1},
+              {"offset": 50.0}, {"offset": -5},
+              {"offset": 1e300}, {"offset": float("nan")}, {"offset": 2}, {"duration": 2},
               {"offset": 39, "duration": 1.08}, {"offset": 39, "duration": 1.2}, {"duration": 41}]
     write_lines(Path("a.json"), [{"audio_filepath": "long.wav", "text": f"part {n}"} | place
                                  for n, place in enumerate(places)])
@@ -146,7 +147,8 @@ def test_a_rate_without_common_factor(tmp_path):
 
 
 def test_people_speak_at_any_pace(manifest):
-    write_lines(manifest, [{"audio_filepath": "stereo.wav", "text": text} for text in ("a", "many words " * 30)])
+    texts = ["a", "many words " * 30]
+    write_lines(manifest, [{"audio_filepath": "stereo.wav", "text": text} for text in texts])
     recordings.main([f"manifest={manifest}"])
     assert len(made()[0]) == 2
 
@@ -191,9 +193,11 @@ def test_missing_shards_are_made_and_others_kept(manifest):
     shards = sorted(Path("data/recordings").glob("*.tar"))
     assert [len(made(number)[0]) for number in range(len(shards))] == [3, 0, 0, 0]
     before = {path: path.read_bytes() for path in shards}
+    times = [path.stat().st_mtime_ns for path in shards]
     shards[1].unlink()
     recordings.main(few)
     assert {path: path.read_bytes() for path in shards} == before
+    assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times)] == [True, False, True, True]
     with pytest.raises(UserError, match=r"made with other settings \(shard_documents\)"):
         recordings.main([f"manifest={manifest}"])
     write_lines(manifest, GOOD)
@@ -260,7 +264,7 @@ def test_a_run_is_asked_and_its_answers_are_kept(run, capsys, monkeypatch):
         ["emotion", "en", "1", "0"], ["transcribe", "en", "14", "9"], ["translate", "de", "1", "0"]]
     answers = path.read_bytes()
     kept = [json.loads(line) for line in answers.splitlines()]
-    assert [row["number"] for row in kept] == [0, 1, 2, 4, 13, 14, 15]        # the clips of which something is heard
+    assert [row["number"] for row in kept] == [0, 1, 2, 4, 13, 14, 15]          # the clips that are whole
     assert all(isinstance(row["response"], str) for row in kept)
 
     asked = []
@@ -295,7 +299,7 @@ def test_right_answers_are_a_hundred_per_cent(run, capsys, monkeypatch, manifest
     assert table[0] == "emotion en 1 0 0.0 [0, 0] 0.0 [0, 0] 100.0 [100, 100]".split()
     assert table[2] == "translate de 1 0 0.0 [0, 0] 0.0 [0, 0] 100.0 [100, 100]".split()
     assert table[1][:4] == "transcribe en 3 1".split()
-    assert table[1][4] == "44.4"                                        # one word of nine is wrong, three are missing
+    assert table[1][4] == "44.4"                  # one word of nine is wrong, three are missing
     assert table[1][10] == "33.3"
 
     tok = inserter.load_tokenizer(synth.load_config(SIZES))

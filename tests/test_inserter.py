@@ -593,10 +593,8 @@ def test_a_recipe_without_samples_is_named(c, tok, tmp_path):
             next(lane(folder, tok))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_shard_stops_the_feed_with_its_name(c, tok, tmp_path, workers):
-    """One sentence, whoever read the shard."""
-    other = other_data(with_train(c, workers=workers), tmp_path)
+def test_a_damaged_shard_stops_the_feed_with_its_name(c, tok, tmp_path):
+    other = other_data(c, tmp_path)
     for name in RECIPES:
         write_recipe(other, name, [document(text(STORY), name=f"{name}-{i}") for i in range(8)], shards=1)
     path = synth.shard_path(other, "text", "train", 0)
@@ -818,8 +816,7 @@ def test_the_model_cards_code_answers_as_we_do(tok, model, exported, capsys):
     """The export needs nothing but transformers: its own README's code, run as it stands, on a spoken question."""
     soundfile.write("question.wav", noise(16000), 16000, subtype="FLOAT")
     card = (exported / "README.md").read_text()
-    assert "random weights" in card
-    assert "$" not in card
+    assert f"# {exported.parent.name}: an InSerter speech LLM" in card
     code = card.split("```python\n")[1].split("```")[0]
     capsys.readouterr()
     exec(code.replace("FOLDER", str(exported)), {})
@@ -829,13 +826,14 @@ def test_the_model_cards_code_answers_as_we_do(tok, model, exported, capsys):
     assert capsys.readouterr().out == ours + "\n"
 
 
-def test_a_run_is_asked_aloud_and_in_writing(c, tok, model, exported, capsys):
-    """ask=FILE of any rate, or a text; the answer is the loaded model's."""
+def test_a_run_is_asked_aloud_and_in_writing(c, tok, model, exported, monkeypatch):
+    """ask=FILE, or a text; the answer is that of the exported model (here its first eight tokens)."""
+    answer = M.answer
+    monkeypatch.setattr(M, "answer", lambda *asked, max_tokens, batch: answer(*asked, max_tokens=8, batch=batch))
     soundfile.write("q.wav", np.stack([noise(16000)] * 2, 1), 16000, subtype="FLOAT")
     for ask, question in (("q.wav", noise(16000)), ("where is the ball?", "where is the ball?"), ("5", "5")):
-        settings = Settings(c | {"ask": ask})
-        ((want, _),) = M.answer(model, tok, [question], 1000, 1)
-        assert M.ask(settings) == want
+        (want, _), = answer(model, tok, [question], 8, 1)
+        assert M.ask(Settings(c | {"ask": ask})) == want
     assert AutoProcessor.from_pretrained(exported).tokenizer.get_vocab() == tok.hf.get_vocab()
     with pytest.raises(M.UserError, match=r"There is no model in runs/none/model; .* run=none"):
         M.ask(Settings(c | {"ask": "hello", "run": "none"}))
@@ -873,8 +871,9 @@ def test_what_cannot_be_heard_is_one_sentence(tok, model, samples, says):
 def test_a_file_that_is_no_sound_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "q.wav").write_bytes(content)
-    with pytest.raises(synth.expected_errors(), match="q.wav"):
+    with pytest.raises(Exception, match="q.wav") as error:
         M.load_audio(tmp_path / "q.wav")
+    assert synth.EXPECTED & {kind.__name__ for kind in error.type.__mro__}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ LENGTHS = (32000, 32001, 32160, 32161, 479840, 480000)
 
 
 class Ids:
-    """In place of a tokenizer: a text is the numbers of its tokens. No text holds the ids that end an answer."""
+    """In place of a tokenizer: texts are numbers of tokens, and no token ends an answer unless so chosen."""
     audio, audio_bos, audio_eos = AUDIO, BOS, EOS
 
     def __init__(self, turn_end: int = 64, end: int = 65):
@@ -351,8 +351,8 @@ def small_llm(family: str, theta: float = 1e4, **settings: object) -> PreTrained
     if family == "qwen3":
         settings["head_dim"] = 16
     torch.manual_seed(4)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **settings))
-    return loud(model).eval()
+    sizes = transformers.AutoConfig.for_model(family, **settings)
+    return loud(transformers.AutoModelForCausalLM.from_config(sizes)).eval()
 
 
 @pytest.mark.parametrize("tie", [True, False])

@@ -1,0 +1,163 @@
+"""Other people's files and data sets become a corpus that synth.py reads: one JSONL file.
+
+A row is a dialogue where it has "messages" [{"role", "content"}] or "conversations" [{"from", "value"}] (as
+ShareGPT's exports do), else a text where it has "text"; "lang", its language, is kept. Rows with none of
+them are left out and counted; so are dialogues with a turn of another role, or whose content is no text.
+
+    from=                    rows of
+    'chats/*.parquet'        Parquet files; also *.csv and *.tsv, whose first line names the columns
+    share.json               JSON files, one array or a row in each line; also *.jsonl, *.json.gz, *.jsonl.gz
+    hf:NAME:SPLIT            a data set of the hub, or a folder; hf:NAME is its split train, and one of many
+                             configurations is hf:NAME:CONFIGURATION:SPLIT
+
+    python extras/corpora.py 'from=chats/*.parquet' to=chats.jsonl
+    python extras/corpora.py from=hf:allenai/c4:en:train to=c4.jsonl documents=100000
+    python synth.py data=data/mine synth.corpus=chats.jsonl,c4.jsonl
+
+Rows are streamed, so they need not fit into memory or on the disk; only a JSON array is held in memory.
+All but JSON files needs the package datasets (pip install datasets). No code of a data set is run.
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import glob
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+import synth
+from synth import UserError
+
+ROLE_OF = {"human": "user", "gpt": "assistant"}          # ShareGPT's names; it has "system" too
+# The builder of the package datasets for each kind of table. "NA" and "null" are words, no missing values.
+TABLES = {"parquet": ("parquet", {}),
+          "csv": ("csv", {"keep_default_na": False}),
+          "tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"})}
+
+
+def messages_of(turns: object) -> list[dict]:
+    """The messages of a dialogue, [] if one of its turns is none; a column that a turn lacks may be None.
+
+    >>> messages_of([{"from": "human", "value": "is it red", "role": None}])
+    [{'role': 'user', 'content': 'is it red'}]
+    """
+    messages = []
+    for turn in turns if isinstance(turns, list) else []:
+        if not isinstance(turn, dict):
+            return []
+        role = turn.get("role") or ROLE_OF.get(turn.get("from"), turn.get("from"))
+        content = turn.get("content") or turn.get("value")
+        if role not in synth.ROLES or not isinstance(content, str):
+            return []
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def document_of(row: object) -> dict | None:
+    """The document of a row, without other columns; None if there is none.
+
+    >>> document_of({"text": "es ist rot.", "messages": [], "lang": "de", "url": "a.b"})
+    {'text': 'es ist rot.', 'lang': 'de'}
+    """
+    if not isinstance(row, dict):
+        return None
+    turns = row.get("messages") or row.get("conversations")
+    text = row.get("text")
+    if turns:
+        document = {"messages": messages_of(turns)}
+    else:
+        document = {"text": text.strip() if isinstance(text, str) else ""}
+    if not any(document.values()):
+        return None
+    if row.get("lang") and isinstance(row["lang"], str):
+        document["lang"] = row["lang"]
+    return document
+
+
+def json_rows(path: str) -> Iterator[object]:
+    """The rows of one array, or of lines; an array is read whole.
+
+    The package datasets does not serve here: where the items of an array have different keys, as the turns of
+    ShareGPT's have, it gives them as JSON text.
+    """
+    opener = gzip.open if path.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig") as file:
+        is_array = file.read(64).lstrip().startswith("[")
+        file.seek(0)
+        if is_array:
+            yield from json.load(file)
+        else:
+            yield from (json.loads(line) for line in file if line.strip())
+
+
+def open_source(source: str) -> Iterable[object]:
+    """The rows of a file or a data set. UserError if its kind is not known."""
+    kind = source.removesuffix(".gz").rpartition(".")[2]
+    if source.startswith("hf:"):
+        _, name, *rest = source.split(":")
+        *configuration, split = rest or ["train"]
+        names = [name, *configuration]
+        options = {"split": split}
+    elif kind in ("json", "jsonl"):
+        return json_rows(source)
+    elif kind in TABLES:
+        builder, options = TABLES[kind]
+        names = [builder]
+        options = options | {"data_files": source, "split": "train"}
+    else:
+        raise UserError(f"{source} is none of *.parquet, *.csv, *.tsv, *.json, *.jsonl; convert it, or name "
+                        "*.txt files in synth.corpus as they are.")
+    try:
+        import datasets                # here: it may be missing
+    except ModuleNotFoundError:
+        raise UserError("All but JSON files needs the package datasets: pip install datasets.") from None
+    return datasets.load_dataset(*names, streaming=True, **options)
+
+
+def rows_of(source: str) -> Iterator[object]:
+    """Stream the rows of a file or a data set. UserError says which one cannot be read."""
+    number = 0
+    try:
+        for number, row in enumerate(open_source(source), 1):
+            yield row
+    except (EOFError, ValueError) as error:        # ValueError: of JSON, CSV, Arrow; an unknown split
+        raise UserError(f"{source}, row {number + 1}, cannot be read ({error}).") from None
+
+
+def main(arguments: list[str]) -> None:
+    c = synth.load_config(arguments, **{"from": "", "to": "corpus.jsonl", "documents": 0})    # 0: all of them
+    sources = [c["from"]]
+    if not c["from"].startswith("hf:"):
+        sources = sorted(glob.glob(c["from"], recursive=True))
+    if not sources:
+        raise UserError(f"from={c['from']!r} matches no file; give a glob such as 'chats/*.parquet', or "
+                        "hf:NAME:SPLIT.")
+    rows = (row for source in sources for row in rows_of(source))
+    kept = 0
+    left_out = 0
+    aside = Path(f"{c.to}.part")                   # becomes `to` when it is whole
+    with open(aside, "w", encoding="utf-8", errors="ignore") as file:          # ignored: lone surrogates
+        for row in tqdm(rows, unit=" rows", disable=None):
+            document = document_of(row)
+            if document is None:
+                left_out += 1
+                continue
+            file.write(json.dumps(document, ensure_ascii=False) + "\n")
+            kept += 1
+            if kept == c.documents:
+                break
+    if not kept:
+        raise UserError(f"None of {left_out} rows of {c['from']} has text, messages or conversations; rename "
+                        "the column that has them.")
+    os.replace(aside, c.to)
+    print(f"{kept} documents are written to {c.to}, {left_out} other rows are left out; use them with "
+          f"synth.corpus={c.to}.")
+
+
+if __name__ == "__main__":
+    synth.run(main)
