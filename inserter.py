@@ -560,12 +560,6 @@ class InSerter(nn.Module):
         self.audio_tower = Encoder(config.audio_config)
         self.multi_modal_projector = Adapter(config)
         self.language_model = LLM(config.text_config)
-        self.tie()
-
-    def tie(self):
-        """One matrix as embedding and head, where the config says so."""
-        if self.config.text_config.tie_word_embeddings:
-            self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
 
     @property
     def mels(self):
@@ -1185,17 +1179,17 @@ def build(config, tensors):
     with torch.device("meta"):
         model = InSerter(config)
     model.load_state_dict(tensors, assign=True)
-    model.tie()
+    if text.tie_word_embeddings:             # one matrix as embedding and head
+        model.language_model.lm_head.weight = model.language_model.model.embed_tokens.weight
     return model
 
 
 def save_model(model, folder):
     """Write config.json and weights: transformers' Qwen2AudioForConditionalGeneration opens them."""
-    tensors = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
+    tensors = model.state_dict()
     if model.config.text_config.tie_word_embeddings:                    # safetensors holds no shared memory
         tensors["language_model.lm_head.weight"] = tensors["language_model.lm_head.weight"].clone()
     model.config.architectures = ["Qwen2AudioForConditionalGeneration"]
-    model.config.dtype = next(model.parameters()).dtype
     model.config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

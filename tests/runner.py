@@ -10,6 +10,7 @@ Reads one job per line from standard input, {"folder", "arguments", …}, and an
     term_step   SIGTERM to `term_ranks` once metrics.jsonl has this step
     draw        draw the curves as well, which takes longer than the training here (false)
     file_limit  bytes a file may have: the disk is full beyond them
+    patience    seconds that a rank which fails waits for rank 0 to speak (as synth.run says)
 """
 import importlib
 import json
@@ -73,6 +74,9 @@ def inject(job: dict) -> None:
         events = os.open("events", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     if job.get("events") or "kill_event" in job:
         sys.addaudithook(hook)
+    if "patience" in job:
+        sleep = time.sleep
+        synth.time.sleep = lambda seconds: sleep(min(seconds, job["patience"]))
     if "file_limit" in job:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], -1))
 
