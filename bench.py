@@ -9,15 +9,15 @@ A row is one prompt, asked in one way, and what became of it; a file of rows has
 
 Whatever the prompts, the rows go one way:
 
-    tiny suite, or a folder -> prompts.jsonl -> answers.jsonl -> scored.jsonl -> table, results.json, page
-    spoken_suite   read_folder                  ask_rows         verdicts        results
+    tiny suite, or a folder     -> prompts.jsonl -> answers.jsonl -> scored.jsonl -> results.json, table, page
+    spoken_suite or read_folder                     ask_rows         verdicts        results
 
 Their fields; those with a star are needed to score other systems' answers:
 
     key                     the row's name: closed-0004-accent-spoken
     suite                   closed (rules judge the answer), open (a judge has to), adjustment (the speaker
                             corrects himself), transcription (to be written down)
-    condition               standard, background noise, accent, paralinguistic, disfluency, or a floor
+    condition               standard, background noise, accent, paralinguistic, disfluency; or floor: silence
     mode                    typed or spoken
     lang                    en, zh
     prompt *                what is asked
@@ -279,7 +279,8 @@ OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.",
 # The tiny suite's answers are a few words long: too short to tell their language.
 
 def answers_with(text, kind, words):
-    """Of all words that can answer this kind exactly the expected ones, in order: naming all colours fails.
+    """Whether the text has, of all words that can answer this kind, exactly the expected ones in order:
+    naming all colours fails.
 
     >>> answers_with("It is yellow.", "colour", ["yellow"]), answers_with("yellow red", "colour", ["yellow"])
     (True, False)

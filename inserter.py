@@ -15,6 +15,9 @@ Samples are packed end to end, without padding; attention stays inside a sample:
     log-mel frames ── Encoder ── Adapter ──┐ one vector per 40 ms, put in place of each <|AUDIO|>
     ids (T,) ──────── embeddings ──────────┴── LLM ── LM head at the labelled positions ── loss
 
+A run is a few stages. Where encoder and LLM do not know each other yet, they first learn to hear: by CTC on
+the clips' words, then by transcription. Then comes the pre-training above, then fine-tuning on dialogues.
+
     torchrun inserter.py                                  train: the stages that config.yaml lists
     torchrun --nproc-per-node=4 inserter.py profile=qwen  on four GPUs
     python inserter.py ask=question.wav                   answer a spoken question
@@ -40,6 +43,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from collections import Counter
 from multiprocessing import forkserver
@@ -144,11 +148,11 @@ def encode(sample, clips, tok, typed=False, reply=False):
     """Turn a sample (see synth.py) into ids and labels.
 
     clips: the waveform of each speech part's "audio", (samples,) at 16 kHz
-    typed: read every speech part as its text instead (the ceiling that the gap is measured against)
+    typed: read every speech part as its text instead (what the gap curve of section 9 is measured against)
     reply: end with the opening of the assistant's turn, for generation
 
-    Every text part says whether it carries loss. Markup does so twice: the <|im_end|> of an assistant's turn,
-    and the <|endoftext|> that ends a document. The audio tokens never do.
+    The text parts say whether they are targets. Of the markup two tokens are: the <|im_end|> of an
+    assistant's turn, and the <|endoftext|> that ends a document. The audio tokens never are.
 
     {"parts": [text "hi ", speech of 2 positions, text " you"]}, loss on both texts, gives
         ids     hi  <|audio_bos|>  <|AUDIO|>  <|AUDIO|>  <|audio_eos|>   you           <|endoftext|>
@@ -210,8 +214,8 @@ def word_tokens(text, tok):
 def spaces_moved(parts):
     """Each part with its text; spaces right before speech belong to the speech.
 
-    So they are tokenised only where speech is read as text: a lone space is a token that no pretrained LLM
-    has seen, and so heard and typed sequences have the same targets.
+    A lone space before a clip is a token that no pretrained LLM has seen. So the space is tokenised only
+    where the speech is read as text, and heard and typed sequences have the same targets.
 
     >>> text, speech = {"role": "text", "text": "tom puts the "}, {"role": "speech", "text": "ball"}
     >>> [moved for _, moved in spaces_moved([text, speech])]
@@ -239,8 +243,9 @@ def decoded(files):
 # --------------------------------------------------------------------------------------------------
 # 2. From samples to a batch
 #
-# A batch is a dict of tensors, each of which two batches can be joined by: documents and clips lie end to
-# end, and say only how long they are. Whisper's log-mel frames are computed here, by the reading processes.
+# A batch is a dict of tensors; two batches are joined by concatenating each. Encoded samples, here called
+# documents, and clips lie end to end, and say only how long they are. Whisper's log-mel frames are computed
+# here, by the reading processes.
 #
 #     ids, labels   (T,)           all documents, end to end
 #     lengths       (documents,)   T in all
@@ -297,7 +302,8 @@ def log_mel(waveform, mels):
     (samples,) float32 -> (min(N + 2, 3000), mels) float32
     """
     window, filters = mel_constants(mels)
-    padded = F.pad(waveform, (0, min(520, LONGEST - len(waveform))))
+    context = len(window) // 2 + 2 * HOP     # what the last frame that is kept sees behind the clip
+    padded = F.pad(waveform, (0, min(context, LONGEST - len(waveform))))
     spectrum = torch.stft(padded, len(window), HOP, window=window, return_complex=True)     # (201, frames)
     count = min(math.ceil(len(waveform) / HOP) + 2, MAX_FRAMES)
     power = spectrum[:, :count].abs().square()
@@ -392,7 +398,7 @@ class Encoder(nn.Module):
         device = self.conv1.weight.device
         x = self.convolve(to_device(mel, device).to(self.conv1.weight.dtype), frames)   # (sum of L, d)
         lengths = convolved(frames)
-        owner, position = ragged(lengths)
+        _, position = ragged(lengths)
         x = x + self.embed_positions(to_device(position, device))
         attend = packed_attention(lengths, False, x, self.head_size)
         x = run_blocks(self.layers, x, recompute, attend)
@@ -403,9 +409,10 @@ class Encoder(nn.Module):
     def convolve(self, mel, frames):
         """Both convolutions over all slots end to end: (rows, mels) -> (sum of L, d). No clip sees another.
 
-            slot      0  m0 m1 m2 m3 …  0       the zeros are the padding of the first convolution
-            c1        ?  c0 c1 c2 c3 …          c(t) is centred on frame t; ? sees the slot before, and has to
-            c2         └ ?c0c1 ┘ └ c1c2c3 ┘ …   be the padding of the second: it is set to zero
+            slot     0  m0 m1 m2 m3 …  0     the zeros are the padding of the first convolution
+            first    ?  c0 c1 c2 c3 …        c(t) sees m(t-1), m(t), m(t+1); ? also sees the slot before, and
+                                             is set to zero: it is the padding of the second convolution
+            second   output s sees rows 2s, 2s+1 and 2s+2: ? c0 c1, then c1 c2 c3, …
         """
         rows = slot_rows(frames)
         starts = rows.cumsum(0) - rows
@@ -677,7 +684,7 @@ class Progress:
 
 
 def lr_factor(stage, step, share):
-    """Of the stage's learning rates: linear over `ramp` steps, then a cosine to `floor` at its end."""
+    """What the stage's rates are multiplied by: linear over `ramp` steps, a cosine to `floor` at its end."""
     ramp = min(1.0, (step + 1) / max(stage.ramp, 1))
     cosine = (1 + math.cos(math.pi * min(share, 1))) / 2
     return ramp * (stage.floor + (1 - stage.floor) * cosine)
@@ -696,7 +703,7 @@ def train_stage(c, model, tok, progress, state, stopping):
         model.load_state_dict(state["weights"])
         for optimizer, slots in zip(optimizers, state["slots"]):
             optimizer.load_state_dict(slots)
-        state.clear()                        # it may fill the memory
+        state.clear()                        # later stages begin anew, and it may fill the memory
     if progress.share(stage) >= 1:           # stopped between two stages
         return True
     network = model
@@ -725,8 +732,8 @@ def train_stage(c, model, tok, progress, state, stopping):
         # 2. Forward and backward.
         loss = add_gradients(c, network, packs, totals["targets"], classes)
 
-        # 3. Clip. A norm that is not finite is the same on all ranks, and stops them before the weights
-        #    change.
+        # 3. Clip the gradient. A norm that is not finite is the same on all ranks, and stops them before the
+        #    weights change.
         norm = float(nn.utils.clip_grad_norm_(trained, c.train.clip))
         if not math.isfinite(norm):
             names = gather([name for pack in packs for name in pack.names])
@@ -744,14 +751,15 @@ def train_stage(c, model, tok, progress, state, stopping):
         progress.stage_step += 1
         progress.targets += totals["targets"]
 
-        # From here on nothing is training: log, evaluate (but no gap of an LLM that has read no text yet, or
-        # amid CTC, which lets norms grow), save.
+        # From here on nothing is training: log, evaluate, save. An LLM that has read no text yet has no gap,
+        # nor has one amid CTC, which lets norms grow.
         log.step(float(loss), factor, norm, totals)
         done = progress.share(stage) >= 1
         if done and stage.ctc and not stage.lr_scale.get("llm", 1.0):
             match_norms(c, model, tok, stage)
         reads_text = not stage.from_scratch or set(stage.mix) != {"tasks"}
-        if reads_text and (done or is_due(c.train.eval_every, progress.step) and not stage.ctc):
+        evaluates = done or (is_due(c.train.eval_every, progress.step) and not stage.ctc)
+        if reads_text and evaluates:
             log.point(evaluate(c, model, tok))
         if done or stop or is_due(c.train.save_every, progress.step):
             save_run(c, model, tok, optimizers, progress)
@@ -852,7 +860,7 @@ def match_norms(c, model, tok, stage):
     """Scale the adapter: what is heard becomes as long as the LLM's embeddings, on average over 64 samples.
 
     CTC looks at directions alone, so nothing holds the vectors' length meanwhile: it grows tenfold, and would
-    drown all else in the LLM's first blocks.
+    drown all else in the first blocks of an LLM that is left as it was.
     """
     samples = itertools.islice(first_samples(c, stage), 64)
     batch = collate([encode(sample, decoded(files), tok) for sample, files in samples], model.mels)
@@ -1000,7 +1008,10 @@ class Lanes(IterableDataset):
 
 
 def feed(c, tok, mels, progress, lanes):
-    """One rank's packs, step by step, in the order of its lanes; read by at most train.workers processes."""
+    """One rank's packs, step by step, in the order of its lanes; read by at most train.workers processes.
+
+    DataLoader takes from its processes in turn, which is the order of the lanes if they divide evenly.
+    """
     workers = max(n for n in range(c.train.workers + 1) if n == 0 or len(lanes) % n == 0)
     options = {}
     if workers:
@@ -1051,10 +1062,10 @@ def fresh_model(c, tok):
 def random_model(config, seed):
     """InSerter from nothing but sizes: the same weights for the same config and seed, on any machine.
 
-    The LLM's first heads start by looking one, one, two, two, … tokens back, by their biases, which rotary
-    positions turn. To copy, a model must know what stood before each token; so it learns to repeat, and to
-    hear, in fewer steps. What the adapter says is as long as an embedding, or the LLM's blocks could add
-    little to it.
+    In the LLM's first block head h starts by looking b = 1 + h // 2 tokens back: its biases alone make q·k
+    the sum of 16 cos((distance - b) speed) over all pairs, which is largest at that distance. To copy, a
+    model must know what stood before each token; so it learns to repeat, and to hear, in fewer steps. What
+    the adapter says is as long as an embedding, or the LLM's blocks could add little to it.
     """
     with torch.device("meta"):
         model = InSerter(config)
@@ -1224,8 +1235,8 @@ def open_tokenizer(folder):
     return Tokenizer(AutoTokenizer.from_pretrained(folder))
 
 
-# Qwen2's word splitting, but each Chinese character is a word: else a small corpus makes clauses tokens, and
-# text next to speech, which is cut amid them, looks like no text that the LLM has read.
+# Qwen2's word splitting, but each Chinese character is a word: or a small corpus would make whole clauses
+# tokens, and a segment that is cut inside a clause would look like nothing that the LLM has read.
 WORD_SPLITS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{Han}|[^\r\n\p{L}\p{N}]?(?:(?!\p{Han})\p{L})+|\p{N}"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -1422,7 +1433,10 @@ def nats(c, model, encoded):
 
 
 def after_speech(sample):
-    """The sample with loss on the text after its first speech only, and the characters of that text."""
+    """The sample with loss on the text after its first speech only, and the characters of that text.
+
+    (Markup keeps its loss: a few tokens, the same heard and typed.)
+    """
     kept = json.loads(json.dumps(sample))
     seen = False
     characters = 0
@@ -1547,7 +1561,10 @@ def open_run(c, stages):
 
 
 def shaping(c, over):
-    """What of a run's settings shapes its weights and batches; over: the stages whose length is history."""
+    """What of a run's settings (a dict, for they may be read from a file) shapes its weights and batches.
+
+    over: the stages that have ended, so that their length may not change any more
+    """
     stages = {}
     for name in stages_of(c):
         stage = c["train"]["stages"][name]
@@ -1565,10 +1582,9 @@ def load_state(folder):
     """The newest state that loads; one that does not is named, and the one before it taken. {}: none yet."""
     paths = sorted(folder.glob("*.pt"), reverse=True)
     for path in paths:
-        try:
+        if zipfile.is_zipfile(path) and not zipfile.ZipFile(path).testzip():            # every CRC is right
             return torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError) as error:
-            say(f"{path} is damaged ({str(error).splitlines()[0]}); the state before it is taken.")
+        say(f"{path} is damaged; the state before it is taken.")
     if paths:
         raise UserError(f"No state in {folder} is whole; start the run again with fresh=true.")
     return {}

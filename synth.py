@@ -1,6 +1,7 @@
 """Interleaved data synthesis: text in, shards of text and synthesised speech out.
 
-InSerter pre-trains a speech LLM on documents in which random segments were turned into speech:
+InSerter (ACL 2025, arXiv 2503.02769) pre-trains a speech LLM on text in which random segments were turned
+into speech, so that it goes on after heard words as after words that it has read. Only text is predicted:
 
     document      tom puts the ball in the old garden. the ball is in the garden.
     interleaved   tom puts the [ 1.62 s of audio      ]. the ball is in the garden.
@@ -8,7 +9,7 @@ InSerter pre-trains a speech LLM on documents in which random segments were turn
 
 The data's way through this file; shard n of a recipe is made from shard n of the corpus:
 
-    corpus -> documents -> samples: text and segments to be spoken -> clips (TTS, 16 kHz, gate) -> shards
+    corpus -> documents -> samples: text and segments to be spoken -> clips (TTS, 16 kHz) -> shards
 
 A DOCUMENT is a line of the corpus: {"text"} or {"messages": [{"role", "content"}]}, where need be with
 
@@ -129,7 +130,8 @@ def choose_spans(n, share, least, most, rng):
     """Choose word spans (first, end) of a document of n words; on average share * n words are chosen.
 
     Lengths are drawn first, and the words that stay text are spread over the gaps afterwards. So the share is
-    met in expectation for short documents too; placing spans until one does not fit would favour short ones.
+    met in expectation for short documents too (of `least` words or more); placing spans until one does not
+    fit would favour short ones.
 
     >>> choose_spans(n=20, share=0.5, least=5, most=9, rng=Random(2))     # here two spans of five
     [(1, 6), (11, 16)]
@@ -251,8 +253,8 @@ def splice(text, ranges, loss, voice_for):
 def spoken_range(turn, share, least, rng):
     """What of a dialogue's turn is spoken: a user's is, with probability `share`, from its first word on.
 
-    Or, half the time, from a later word on, `least` words at least (None: never): the model then meets
-    questions that begin as text and go on as speech.
+    Half the time it starts at a later word and leaves `least` words or more: the model then meets questions
+    that begin as text and go on as speech. least=None: always from the first word.
 
     >>> turn = {"role": "user", "content": "what is the colour of the sun"}
     >>> [spoken_range(turn, 1.0, 5, Random(seed)) for seed in (0, 4)]
@@ -955,8 +957,10 @@ def document_of(row):
     """
     tidy = clean if not row.get("spoken") else str          # `spoken` counts characters
     if row.get("messages"):
-        turns = [(ROLES[ROLES.index(turn["role"])], turn["content"]) for turn in row["messages"]]
-        document = {"messages": [{"role": role, "content": tidy(text)} for role, text in turns]}
+        document = {"messages": [{"role": turn["role"], "content": tidy(turn["content"])}
+                                 for turn in row["messages"]]}
+        if not all(turn["role"] in ROLES for turn in row["messages"]):
+            raise ValueError("a role is unknown")
     else:
         document = {"text": tidy(row["text"])}
     if row.get("lang"):
@@ -994,7 +998,8 @@ def clean(text):
 def cut_document(document, most):
     """Cut a text into pieces of at most `most` words: training leaves out what is longer than a pack.
 
-    Dialogues stay whole: an answer without its question would teach nothing.
+    Dialogues stay whole, for an answer without its question would teach nothing, and so do documents whose
+    count of characters, or missing end, would no longer be right.
     """
     if "messages" in document or "spoken" in document or "endless" in document:
         return [document]
@@ -1126,7 +1131,7 @@ def joined(parts):
 def wanted_shards(c):
     """All shards that the settings ask for, as (recipe, split, number); makes the corpus if need be.
 
-    They lie evenly in the corpus, and more shards are these and others. For dev one shard of each recipe is
+    They are spread evenly over the corpus; who asks for more keeps those. For dev one shard of each recipe is
     enough, and nothing is read from test.
     """
     corpus = make_corpus(c)

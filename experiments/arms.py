@@ -1,20 +1,32 @@
 """What interleaving adds: arms from one warm-up, equal in supervised tokens, with the same fine-tuning.
 
-    python tests/arms.py 1    all of seed 1 into results/arms-1.json: warm-up, each arm before and after SFT
-    python tests/arms.py      table and figure results/arms.png from results/arms-*.json
+    python experiments/arms.py 1    all of seed 1 into results/arms-1.json: warm-up, arms before and after SFT
+    python experiments/arms.py      table and figure results/arms.png from results/arms-*.json
 
-Each row of the table is one run in runs/arms-*; its commands stand in the JSON. What is finished there is not made
-again.
+Each row of the table is one run in runs/arms-*; the JSON has its commands. What is finished there is not made
+again. The warm-up trains on all cores; then as many arms as there are cores are trained at once, on a core
+each, and write to runs/arms-*.log. All runs of a seed are asked the same clips, by bench.py, which finds the
+prompts in its folder already: those of the standard condition alone, for nothing else is shown.
 """
+import functools
 import json
+import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-ROOT = Path(__file__).parents[1]
+from matplotlib.figure import Figure         # noqa: E402
+
+import bench                                 # noqa: E402
+import synth                                 # noqa: E402
+from synth import UserError                  # noqa: E402
+
 TOKENS = 350_000                             # supervised tokens of every arm, fewer than tiny's
 ALIGN = 100_000                              # of them, where continuation is stacked on top
 PAPER = "{interleaved: 0.4, tasks: 0.3, text: 0.3}"
@@ -30,88 +42,184 @@ ARMS = {
         ("", "align", "{continuation: 1.0}", ALIGN, "own")]}
 TICKS = ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter", "InSerter,\nsentence level",
          "continuation\nalone", "InSerter +\ncontinuation"]
+# No noise, which is learned faster, and half of the questions spoken. The gap curve is not shown.
+COMMON = ["synth.noise.share=0.0", "synth.spoken_questions=0.5", "train.eval_samples=16"]
+WARMUP = ["train.stages.warmup_hear.steps=1530", "train.stages.pretrain.steps=0", "train.stages.sft.steps=0"]
 SFT = [
+    "train.stages.pretrain.steps=0",
     "train.stages.sft.steps=350",
     "train.stages.sft.mix={chat: 0.8, interleaved: 0.0, tasks: 0.1, text: 0.1}"]         # no arm interleaves
-# No noise, which is learned faster, and half of the questions spoken
-CLEAN = ["synth.noise.share=0.0", "synth.spoken_questions=0.5",
-         "train.stages.warmup_hear.steps=1530", "train.stages.warmup_hear.packs=1"]
-FEW = ["bench.adjustment_rows=20", "bench.open_rows=20", "train.eval_samples=16"]     # not shown
-NOTHING = {stage: f"train.stages.{stage}.steps=0" for stage in ("pretrain", "align", "sft")}
-WRITING = ["writing.to=tiny", "writing.documents=12000", "writing.temperature=0", "writing.tokens=[40, 40]",
-           "bench.batch=256"]
+WRITING = ["given=tiny", "documents=12000", "temperature=0", "question_tokens=40", "reply_tokens=40",
+           "batch=256"]
+# As many shards as the arms read; for the warm-up and SFT all that config.yaml has.
+DATA = {
+    "word": ["synth.shards={interleaved: 4, tasks: 8, text: 12, chat: 9}"],
+    "sentence": ["synth.level=sentence", "synth.share=0.4",
+                 "synth.shards={interleaved: 4, tasks: 2, text: 4}"],
+    "own": ["synth.shards={continuation: 12}"]}
+Lines = list[list[str]]                      # commands, each a script and its arguments
 
+
+# --------------------------------------------------------------------------------------------------
+# 1. The runs and their commands
+# --------------------------------------------------------------------------------------------------
 
 def run_name(seed: int, arm: str, suffix: str = "") -> str:
     short = arm.lower().replace(" + ", "-").replace(", ", "-").split()[0]
     return f"arms-{seed}-{short}{suffix}"
 
 
-def data_of(seed: int, kind: str) -> list[str]:
-    """Where an arm's data stands, and what it is made of: of the tiny world, or of what the warm-up wrote."""
-    folder = f"data/seed-{seed}"
-    if kind == "word":
-        return [f"data={folder}"]
-    if kind == "sentence":
-        return [f"data={folder}-sentence", "synth.level=sentence", "synth.share=0.4"]
-    return [f"data={folder}-own", f"synth.corpus={folder}-own.jsonl", "synth.shards={continuation: 12}"]
+def settings_of(seed: int, data: str) -> list[str]:
+    """The settings of all commands on data of the tiny world, word or sentence, or of the warm-up's own."""
+    folder = f"data/seed-{seed}" + ("" if data == "word" else f"-{data}")
+    corpus = [f"synth.corpus={folder}.jsonl"] if data == "own" else []
+    return [f"seed={seed}", *COMMON, f"data={folder}", *DATA[data], *corpus]
 
 
-def commands(seed: int) -> dict[str, list[list[str]]]:
-    """{run: command lines that make it}, in the order in which they are run."""
-    common = [*FEW, *CLEAN, f"seed={seed}"]
+def model_of(run: str) -> str:
+    return f"model.from=runs/{run}/model"
+
+
+def training_of(seed: int, run: str, data: str, *arguments: str) -> list[str]:
+    return ["inserter.py", f"run={run}", *settings_of(seed, data), *arguments]
+
+
+def asking(seed: int, run: str) -> list[str]:
+    return ["bench.py", f"run={run}", *settings_of(seed, "word")]
+
+
+def shared_commands(seed: int) -> dict[str, Lines]:
+    """{run: commands} of what all arms need: the warm-up, what it writes, and the other data."""
     warmup = run_name(seed, "warmup")
-    from_warmup = f"model.from=runs/{warmup}/model"
-    made = {kind: ["synth.py", *common, *data_of(seed, kind)] for kind in ("word", "sentence", "own")}
-    found = {warmup: [
-        made["word"],
-        ["inserter.py", f"run={warmup}", *common, *data_of(seed, "word"), *NOTHING.values()]]}
-    own = data_of(seed, "own")[1].partition("=")[2]
-    written = ["inserter.py", f"write={own}", *common, *data_of(seed, "word"), from_warmup, *WRITING]
-    for arm, below in ARMS.items():
-        lines = [written] if below[-1][-1] == "own" else []
-        lines += [made[kind] for kind in sorted({kind for *_, kind in below})]
-        start = from_warmup
-        for suffix, stage, mix, tokens, kind in below:
-            run = run_name(seed, arm, suffix)
-            others = [argument for name, argument in NOTHING.items() if name != stage]
-            lines.append(["inserter.py", f"run={run}", *common, *data_of(seed, kind), start, *others,
-                          f"train.stages.{stage}.mix={mix}", f"train.stages.{stage}.steps=null",
-                          f"train.stages.{stage}.tokens={tokens}"])
-            start = f"model.from=runs/{run}/model"
-        found[run] = lines
-        found[f"{run}-sft"] = [["inserter.py", f"run={run}-sft", *common, *data_of(seed, "word"), start,
-                                NOTHING["pretrain"], NOTHING["align"], *SFT]]
-    for run, lines in found.items():
-        lines.append(["bench.py", f"run={run}", *common, *data_of(seed, "word")])
-    return found
+    own = f"to=data/seed-{seed}-own.jsonl"
+    return {
+        warmup: [training_of(seed, warmup, "word", *WARMUP), asking(seed, warmup)],
+        f"{warmup}-writes": [
+            ["extras/align.py", own, f"seed={seed}", model_of(warmup), *WRITING],
+            ["synth.py", *settings_of(seed, "own")],
+            ["synth.py", *settings_of(seed, "sentence")]]}
+
+
+def arm_commands(seed: int, arm: str) -> dict[str, Lines]:
+    """{run: commands} of an arm, before SFT and after; the last command of both asks the run."""
+    lines = []
+    below = run_name(seed, "warmup")
+    for suffix, stage, mix, tokens, data in ARMS[arm]:
+        run = run_name(seed, arm, suffix)
+        lines.append(training_of(
+            seed, run, data, model_of(below), "train.stages.pretrain.steps=0", "train.stages.sft.steps=0",
+            f"train.stages.{stage}.mix={mix}", f"train.stages.{stage}.tokens={tokens}"))
+        below = run
+    tuned = f"{run}-sft"
+    return {
+        run: [*lines, asking(seed, run)],
+        tuned: [training_of(seed, tuned, "word", model_of(run), *SFT), asking(seed, tuned)]}
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Making them
+# --------------------------------------------------------------------------------------------------
+
+class Measured:
+    """results/arms-<seed>.json: what is finished."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.path = ROOT / "results" / f"arms-{seed}.json"
+        self.lock = threading.Lock()
+        rows = json.loads(self.path.read_text())["runs"] if self.path.is_file() else {}
+        runs = shared_commands(seed)
+        for arm in ARMS:
+            runs |= arm_commands(seed, arm)
+        # those that other commands made are forgotten
+        self.rows = {run: row for run, row in rows.items() if row["commands"] == printed(runs.get(run, []))}
+
+    def has(self, run: str) -> bool:
+        return run in self.rows and results_of(run).is_file()
+
+    def add(self, run: str, lines: Lines) -> None:
+        with self.lock:
+            self.rows[run] = {"commands": printed(lines), **figures(run)}
+            text = json.dumps({"seed": self.seed, "runs": self.rows}, indent=1)
+            synth.write_whole(self.path, text.encode() + b"\n")
+            print_row(run, self.seed, self.rows[run])
+
+
+def printed(lines: Lines) -> list[str]:
+    return ["python " + " ".join(f"'{part}'" if "{" in part else part for part in line) for line in lines]
+
+
+def results_of(run: str) -> Path:
+    return Path("runs") / run / "bench" / "results.json"
 
 
 def figures(run: str) -> dict[str, list]:
     """What the table shows of a run: fractions, each with its 95 % interval."""
-    results = json.loads((Path("runs") / run / "bench/results.json").read_text())
-    standard = results["closed"]["standard"]
-    found = {}
-    for way in ("typed", "spoken"):
-        found[way] = [standard[way]["strict-prompt"], standard[way]["interval"]["strict-prompt"]]
-    heard = results["transcription"]["standard"]["spoken"]
-    return found | {"WER": [heard["WER"], heard["interval"]["WER"]]}
+    lines = json.loads(results_of(run).read_text())["figures"]
+    by_name = {(line["suite"], line["figure"]): line for line in lines if line["condition"] == "standard"}
+    followed = by_name["closed", "strict-prompt"]
+    found = {"typed": followed["typed"], "spoken": followed["spoken"]}
+    found["WER"] = by_name["transcription", "WER"]["spoken"]
+    return {name: [value, interval] for name, (value, *interval) in found.items()}
+
+
+def speak_prompts(seed: int) -> None:
+    """Speak the tiny suite once; keep the closed-ended prompts, typed and spoken, and clips to write down."""
+    folder = Path("runs") / f"arms-{seed}-prompts"
+    if (folder / "prompts.jsonl").is_file():
+        return
+    warmup = f"run={run_name(seed, 'warmup')}"         # whose voices the test must not have
+    rows = bench.spoken_suite(synth.load_config([*settings_of(seed, "word"), warmup]), folder)
+    kept = [row for row in rows if row["condition"] == "standard" and row["suite"] != "adjustment"]
+    for row in kept:
+        if row["audio_path"]:                          # as seen from another run's folder
+            row["audio_path"] = f"../../{folder.name}/{row['audio_path']}"
+    synth.write_whole(folder / "prompts.jsonl", bench.jsonl(kept))
+
+
+def execute(seed: int, run: str, lines: Lines, threads: int) -> None:
+    """Run the commands in turn; each goes on with what an interrupted one has left."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    log = Path("runs") / f"{run}.log"
+    log.parent.mkdir(exist_ok=True)
+    for script, *arguments in lines:
+        if script == "bench.py":
+            speak_prompts(seed)
+            prompts = Path("runs") / f"arms-{seed}-prompts" / "prompts.jsonl"
+            synth.write_whole(results_of(run).with_name("prompts.jsonl"), prompts.read_bytes())
+        print(f"{run}: {script}", flush=True)
+        with open(log, "a") as file:
+            command = [sys.executable, ROOT / script, *arguments]
+            done = subprocess.run(command, stdout=file, stderr=file, env=environment)
+        if done.returncode:
+            raise UserError(f"{script} failed; {log} says why. Start again when it is mended: what is "
+                            "finished is kept.")
+
+
+def make_arm(measured: Measured, threads: int, arm: str) -> None:
+    for run, lines in arm_commands(measured.seed, arm).items():
+        if not measured.has(run):
+            execute(measured.seed, run, lines, threads)
+            measured.add(run, lines)
 
 
 def measure(seed: int) -> None:
-    path = ROOT / f"results/arms-{seed}.json"
-    rows = json.loads(path.read_text())["runs"] if path.is_file() else {}
-    for run, lines in commands(seed).items():
-        spoken = ["python " + " ".join(f"'{part}'" if "{" in part or "[" in part else part for part in line)
-                  for line in lines]
-        done = (Path("runs") / run / "bench/results.json").is_file()
-        if done and rows.get(run, {}).get("commands") == spoken:
-            continue
-        for line in lines:
-            subprocess.run([sys.executable, ROOT / line[0], *line[1:]], check=True)
-        rows[run] = {"commands": spoken, **figures(run)}
-        path.write_text(json.dumps({"seed": seed, "runs": rows}, indent=1) + "\n")
+    measured = Measured(seed)
+    cores = os.cpu_count()
+    for run, lines in shared_commands(seed).items():
+        if not measured.has(run):
+            execute(seed, run, lines, cores)
+            if lines[-1][0] == "bench.py":
+                measured.add(run, lines)
+    workers = min(cores, len(ARMS))
+    make = functools.partial(make_arm, measured, cores // workers)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(make, reversed(ARMS)))           # the longest first
 
+
+# --------------------------------------------------------------------------------------------------
+# 3. Table and figure
+# --------------------------------------------------------------------------------------------------
 
 def print_row(title: str, seed: int, row: dict[str, list]) -> None:
     cells = []
@@ -119,7 +227,7 @@ def print_row(title: str, seed: int, row: dict[str, list]) -> None:
         value, (low, high) = row[key]
         cells.append(f"{100 * value:5.1f} [{100 * low:.0f}, {100 * high:.0f}]")
     gap = 100 * (row["typed"][0] - row["spoken"][0])
-    print(f"{title:<44}{seed:>4}{cells[0]:>17}{cells[1]:>16}{cells[2]:>16}{gap:>7.1f}")
+    print(f"{title:<44}{seed:>4}{cells[0]:>17}{cells[1]:>16}{cells[2]:>16}{gap:>7.1f}", flush=True)
 
 
 def draw_row(axis: Any, x: float, row: dict[str, list], labelled: bool) -> None:
@@ -130,7 +238,8 @@ def draw_row(axis: Any, x: float, row: dict[str, list], labelled: bool) -> None:
         above = 100 * max(high - value, 0)
         if value > 1:                        # as many words made up as were said
             height = 98 if x > round(x) else 102            # those of two seeds one above the other
-            axis.text(x + shift, height, f"{100 * value:.0f}", color=colour, fontsize=7, ha="center", va="center")
+            axis.text(x + shift, height, f"{100 * value:.0f}", color=colour, fontsize=7, ha="center",
+                      va="center")
             continue
         axis.errorbar(x + shift, 100 * value, [[below], [above]], fmt="o", color=colour, ms=4, capsize=2,
                       label=key if labelled else None)
@@ -163,15 +272,15 @@ def show() -> None:
     show_panel(after, "-sft", "after SFT", seeds)
     before.set_ylabel("per cent")
     before.legend(loc="center left")
-    figure.savefig(ROOT / "results/arms.png", dpi=110)
+    figure.savefig(ROOT / "results" / "arms.png", dpi=110)
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        measure(int(sys.argv[1]))
+def main(arguments: list[str]) -> None:
+    if arguments:
+        measure(int(arguments[0]))
     else:
         show()
 
 
 if __name__ == "__main__":
-    main()
+    synth.run(main)

@@ -1,10 +1,11 @@
 """A small Chinese world by rule: stories, dialogues, and prompts of its own that no document asks.
 
-    python tests/chinese.py zh.jsonl ask.jsonl [documents]
+    python experiments/chinese.py zh.jsonl ask.jsonl [documents]
+    python extras/aloud.py make=ask.jsonl to=zh-aloud
 
-zh.jsonl is a corpus for synth.py: who puts what where, and questions about it, asked in stories and in dialogues, there
-with one of three constraints or none. ask.jsonl holds prompts for `bench.py make=`, closed-ended, of facts that no
-document tells. Their verdict needs the constraint and, as a keyword, the answer.
+zh.jsonl is a corpus for synth.py: who puts what where, and questions about it, asked in stories and in
+dialogues, there with one of three constraints or none. ask.jsonl holds prompts of facts that no document
+tells, closed-ended: to follow one an answer needs the constraint and, as a keyword, the fact.
 """
 import json
 import sys
@@ -16,9 +17,11 @@ PEOPLE = "汤姆 安娜 李明 王芳 小红 大卫".split()
 THINGS = "球 书 杯子 帽子 钥匙 雨伞".split()
 PLACES = "花园里 厨房里 学校里 车站里 商店里 河边".split()
 COLOURS = "红色 蓝色 绿色 黄色".split()
-QUESTIONS = {"{thing}在哪里？": ("{thing}在{place}。", "{place}"), "{thing}是什么颜色的？": ("{thing}是{colour}的。", "{colour}"),
-             "谁放了{thing}？": ("{who}放了{thing}。", "{who}")}
-CONSTRAINTS = {                              # what is asked: (the answer, the official instruction and its argument)
+QUESTIONS = {                                # what is asked: (the answer, the word in it that counts)
+    "{thing}在哪里？": ("{thing}在{place}。", "{place}"),
+    "{thing}是什么颜色的？": ("{thing}是{colour}的。", "{colour}"),
+    "谁放了{thing}？": ("{who}放了{thing}。", "{who}")}
+CONSTRAINTS = {                              # what is wanted: (the answer, the check and its argument)
     "": ("{}", None, {}),
     "最后请说谢谢。": ("{}谢谢。", "startend:end_checker", {"end_phrase": "谢谢。"}),
     "请提到苹果。": ("{}我喜欢苹果。", "keywords:existence", {"keywords": ["苹果"]}),
@@ -29,10 +32,11 @@ PROMPTS = 120
 
 def facts(rng: Random) -> Iterator[tuple[dict[str, str], bool]]:
     """Endless random facts {who, thing, place, colour}, each with whether it is held out."""
+    lists = {"who": PEOPLE, "thing": THINGS, "place": PLACES, "colour": COLOURS}
     while True:
-        picks = [rng.randrange(len(words)) for words in (PEOPLE, THINGS, PLACES, COLOURS)]
-        words = (PEOPLE[picks[0]], THINGS[picks[1]], PLACES[picks[2]], COLOURS[picks[3]])
-        yield dict(zip(("who", "thing", "place", "colour"), words, strict=True)), sum(picks) % HELD_OUT == 0
+        picks = {name: rng.randrange(len(words)) for name, words in lists.items()}
+        fact = {name: lists[name][pick] for name, pick in picks.items()}
+        yield fact, sum(picks.values()) % HELD_OUT == 0
 
 
 def told(fact: dict[str, str]) -> str:
@@ -48,14 +52,16 @@ def documents(count: int, rng: Random) -> Iterator[dict]:
             text = ""
             for fact in (fact, next(taught)):
                 question, (answer, _) = rng.choice(list(QUESTIONS.items()))
-                text += told(fact) + f"{rng.choice(PEOPLE)}问{question}{fact['who']}说{answer}".format(**fact)
+                exchange = f"{rng.choice(PEOPLE)}问{question}{fact['who']}说{answer}"
+                text += told(fact) + exchange.format(**fact)
             yield {"text": text, "lang": "zh"}
         else:
             question, (answer, _) = rng.choice(list(QUESTIONS.items()))
             wish, (form, _, _) = rng.choice(list(CONSTRAINTS.items()))
-            yield {"messages": [
-                {"role": "user", "content": told(fact) + question.format(**fact) + wish},
-                {"role": "assistant", "content": form.format(answer.format(**fact))}], "lang": "zh"}
+            asked = told(fact) + question.format(**fact) + wish
+            turns = {"user": asked, "assistant": form.format(answer.format(**fact))}
+            messages = [{"role": role, "content": content} for role, content in turns.items()]
+            yield {"messages": messages, "lang": "zh"}
 
 
 def prompts(count: int, rng: Random) -> Iterator[dict]:
@@ -73,10 +79,13 @@ def prompts(count: int, rng: Random) -> Iterator[dict]:
 
 
 def write(path: str, rows: Iterator[dict]) -> None:
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    Path(path).write_text("".join(lines), "utf-8")
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     corpus, asked, *count = sys.argv[1:]
     write(corpus, documents(int(count[0]) if count else 6000, Random(1)))
     write(asked, prompts(PROMPTS, Random(2)))

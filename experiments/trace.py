@@ -1,30 +1,30 @@
 """One training sample on its way through the code: parts, ids, labels, shapes. The README shows this output.
 
-    python tests/trace.py [sample=interleaved-train-000055] [key=value …]
+    python experiments/trace.py [sample=interleaved-train-000000-000055] [key=value …]
 """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch                                 # noqa: E402
 
 import inserter                              # noqa: E402
 import synth                                 # noqa: E402
-from synth import Settings                   # noqa: E402
+from synth import Settings, UserError        # noqa: E402
 
-DEFAULT = "interleaved-train-000055"
+DEFAULT = "interleaved-train-000000-000055"
 WIDTH = 104                                  # columns of the ids
 
 
-def find(c: Settings, wanted: str) -> tuple[Path, int]:
-    """Shard and number of a sample, by its id. UserError if no shard has it."""
-    recipe, split, _ = wanted.split("-")
-    for path in sorted((Path(c.data) / recipe).glob(f"{split}-*.tar")):
+def find(c: Settings) -> tuple[Path, int]:
+    """Shard and number of the sample c.sample. UserError if no shard has it."""
+    recipe = c.sample.partition("-")[0]
+    for path in sorted((Path(c.data) / recipe).glob("*.tar")):
         for number, row in enumerate(synth.read_index(path)["samples"]):
-            if row[0] == wanted:
+            if row[0] == c.sample:
                 return path, number
-    raise synth.UserError(f"No shard in {c.data} has the sample {wanted}; run synth.py first.")
+    raise UserError(f"No shard in {c.data} has the sample {c.sample}; run synth.py first.")
 
 
 def show_parts(sample: dict) -> None:
@@ -60,34 +60,32 @@ def show_ids(encoded: inserter.Encoded, tok: inserter.Tokenizer) -> None:
 
 
 def show_shapes(model: inserter.InSerter, encoded: inserter.Encoded) -> None:
+    batch = inserter.collate([encoded], model.mels)
+    mel = batch["mel"]
+    frames = batch["frames"]
     encoder = model.audio_tower
-    clips = [torch.from_numpy(clip) for clip in encoded.clips]
-    samples = [len(clip) for clip in clips]
-    mel = inserter.log_mel(clips, encoder.config.num_mel_bins)
-    ids = torch.tensor(encoded.ids)
-    bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
-    pooled = encoder(clips, False)
-    hidden = model.hidden(ids, torch.arange(len(ids)), bounds, clips)
+    log_mels = [inserter.log_mel(torch.from_numpy(clip), model.mels) for clip in encoded.clips]
+    pooled = encoder(mel, frames, recompute=False)
+    hidden = model.hidden(batch["ids"], batch["lengths"], mel, frames)
     targets = sum(label != inserter.IGNORE for label in encoded.labels)
     logits = (targets, model.config.text_config.vocab_size)
-    print(f"  waveforms                {samples} samples at 16 kHz")
-    print(f"  log-mel frames           {tuple(mel.shape)}   100 a second, two more per clip as context")
-    print(f"  after both convolutions  {tuple(encoder.convolutions(mel, samples).shape)}   50 a second")
+    print(f"  waveforms                {[len(clip) for clip in encoded.clips]} samples at 16 kHz")
+    print(f"  log-mel frames           {[tuple(x.shape) for x in log_mels]}   100 a second, two of context")
+    print(f"  after both convolutions  {tuple(encoder.convolve(mel, frames).shape)}   50 a second")
     print(f"  encoder, pooled by 2     {tuple(pooled.shape)}   25 a second: one per <|AUDIO|>")
-    print(f"  adapter                  {tuple(model.hear(clips).shape)}")
+    print(f"  adapter                  {tuple(model.hear(mel, frames).shape)}")
     print(f"  LLM                      {tuple(hidden.shape)}   one per position")
     print(f"  logits                   {logits}   at the labelled positions only")
 
 
+@torch.no_grad()
 def main(arguments: list[str]) -> None:
-    named = [argument for argument in arguments if argument.startswith("sample=")]
-    c = synth.load_config([argument for argument in arguments if argument not in named])
-    wanted = named[0].removeprefix("sample=") if named else DEFAULT
-    path, number = find(c, wanted)
+    c = synth.load_config(arguments, sample=DEFAULT)
+    path, number = find(c)
     sample, files = synth.read_sample(path, number)
     tok = inserter.load_tokenizer(c)
-    encoded = inserter.encode(sample, {name: synth.decode_flac(data) for name, data in files.items()}, tok)
-    print(f"{wanted} in {path}")
+    encoded = inserter.encode(sample, inserter.decoded(files), tok)
+    print(f"{c.sample} in {path}")
     show_parts(sample)
     show_ids(encoded, tok)
     show_shapes(inserter.fresh_model(c, tok), encoded)

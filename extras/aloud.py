@@ -93,7 +93,8 @@ def chinese_disfluent(prompt: str, rng: Random) -> str:
     >>> chinese_disfluent("请写一首诗", Random(1))
     '那个，请写，嗯，请写一首诗'
     """
-    places = [place.start() for place in re.finditer(f"(?<={bench.CHINESE}{{2}})(?={bench.CHINESE}{{2}})", prompt)]
+    amid = re.finditer(f"(?<={bench.CHINESE}{{2}})(?={bench.CHINESE}{{2}})", prompt)
+    places = [match.start() for match in amid]
     if places:
         place = rng.choice(places)
         prompt = f"{prompt[:place]}，{rng.choice(FILLERS)}{prompt[place - 2:place]}{prompt[place:]}"

@@ -69,9 +69,9 @@ def turn_of(row: dict, folder: Path, request: str) -> Turn:
 # --------------------------------------------------------------------------------------------------
 
 def place() -> dict:
-    """Device and type of a model."""
+    """Where a model lives, and in which type."""
     device = inserter.device_here()
-    return {"device_map": device, "dtype": "auto" if device.type == "cuda" else torch.float32}
+    return {"device": device, "dtype": "auto" if device.type == "cuda" else torch.float32}
 
 
 def greedy(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase,
@@ -87,7 +87,8 @@ def greedy(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrain
 def open_hf(c: Settings, name: str) -> Ask:
     processor = transformers.AutoProcessor.from_pretrained(name)
     processor.tokenizer.padding_side = "left"
-    model = transformers.AutoModelForMultimodalLM.from_pretrained(name, **place()).eval()
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(name, dtype=place()["dtype"])
+    model.to(place()["device"]).eval()
 
     def ask(rows: list[dict], turns: list[Turn]) -> list[Reply]:
         prompts = []
@@ -106,20 +107,22 @@ def open_hf(c: Settings, name: str) -> Ask:
 def open_cascade(c: Settings, names: str) -> Ask:
     asr, _, llm = names.partition(",")
     hear = transformers.pipeline("automatic-speech-recognition", asr, **place())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(llm, padding_side="left")
+    reply = transformers.pipeline("text-generation", llm, **place())
+    tokenizer = reply.tokenizer
+    tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(llm, **place()).eval()
 
     def transcripts(clips: list[np.ndarray]) -> list[str]:
-        limits = {}
-        if clips and hear.type.startswith("seq2seq"):
-            seconds = max(map(len, clips)) / RATE
-            limits["generate_kwargs"] = {"max_new_tokens": 10 + int(TOKENS_A_SECOND * seconds), "num_beams": 1}
+        seconds = max(map(len, clips)) / RATE
+        limits = {"max_new_tokens": 10 + int(TOKENS_A_SECOND * seconds), "num_beams": 1}
+        generating = {"generate_kwargs": limits} if hear.type.startswith("seq2seq") else {}
         inputs = [{"raw": clip, "sampling_rate": RATE} for clip in clips]
-        return [output["text"].strip() for output in hear(inputs, batch_size=c.bench.batch, **limits)]
+        outputs = hear(inputs, batch_size=c.bench.batch, **generating)
+        return [output["text"].strip() for output in outputs]
 
     def ask(rows: list[dict], turns: list[Turn]) -> list[Reply]:
-        written = iter(transcripts([clip for clips, _ in turns for clip in clips]))
+        spoken = [clip for clips, _ in turns for clip in clips]
+        written = iter(transcripts(spoken) if spoken else [])
         replies = []
         asked = []
         for row, (clips, text) in zip(rows, turns, strict=True):
@@ -130,7 +133,7 @@ def open_cascade(c: Settings, names: str) -> Ask:
         if wanted:
             inputs = tokenizer.apply_chat_template([asked[n] for n in wanted], add_generation_prompt=True,
                                                    padding=True, return_tensors="pt", return_dict=True)
-            answers = greedy(model, tokenizer, inputs.to(model.device), c.bench.max_tokens)
+            answers = greedy(reply.model, tokenizer, inputs.to(reply.device), c.bench.max_tokens)
             for n, answer in zip(wanted, answers, strict=True):
                 replies[n] |= answer
         return replies
@@ -222,7 +225,12 @@ def main(arguments: list[str]) -> None:
     answered = {row["key"] for row in bench.kept_lines(path)}
     todo = [row for row in rows if row["key"] not in answered]
     todo.sort(key=lambda row: (row["suite"], row["mode"], len(row["prompt"])))          # batches of like lengths
-    ask = SYSTEMS[kind](c, name) if todo else None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        ask = SYSTEMS[kind](c, name) if todo else None
+    except (RuntimeError, ValueError) as error:              # with which transformers refuses a checkpoint
+        raise UserError(f"{c.system} does not open: {str(error).splitlines()[0]}") from None
     with open(path, "ab", 0) as file, tqdm(total=len(todo), desc="answers", disable=None) as bar:
         for start in range(0, len(todo), c.bench.batch):
             batch = todo[start:start + c.bench.batch]

@@ -61,7 +61,7 @@ def inject(job: dict) -> None:
             save(what, file, **options)
             saves[0] += 1
             if saves[0] == job.get("half_save"):
-                path = Path(getattr(file, "name", file))
+                path = file if isinstance(file, Path) else Path(file.name)
                 os.truncate(path, path.stat().st_size // 2)
                 die()
         return wrapped

@@ -351,7 +351,9 @@ def test_one_rank_is_told_to_stop_and_all_do(runner, tmp_path):
     reference = tmp_path / "whole"
     folder = tmp_path / "stopped"
     assert finish(runner, reference, world=2)["codes"] == [0, 0]
-    for rank, after in ((1, 1), (0, 3)):
+    step = 0
+    for rank in (1, 0):
+        after = step + 1
         stopped = finish(runner, folder, world=2, term_step=after, term_ranks=[rank])
         assert stopped["codes"] == [143, 143], stopped
         assert "the same command continues" in stopped["out"]
@@ -365,10 +367,12 @@ def test_one_rank_is_told_to_stop_and_all_do(runner, tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(runner, whole, tmp_path):
-    """One rank, two, one: the same batches."""
-    for after, world in ((1, 1), (3, 2)):
-        finish(runner, tmp_path, world=world, term_step=after, term_ranks=[0])
-    assert finish(runner, tmp_path)["codes"] == [0]
+    """One rank, then two: the same batches."""
+    assert finish(runner, tmp_path, half_save=6)["codes"] == [-9]      # the third save's state
+    assert len(metrics(tmp_path)) == 5
+    done = finish(runner, tmp_path, world=2)
+    assert done["codes"] == [0, 0], done
+    assert "in stage pretrain after step 4" in done["out"]
     assert metrics(tmp_path, "batch") == metrics(whole, "batch")
 
 
@@ -416,10 +420,21 @@ def copy_run(source: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_damaged_state_gives_way_to_the_one_before(runner, whole, tmp_path):
+def truncated(data: bytes) -> bytes:
+    return data[:-100]
+
+
+def flipped(data: bytes) -> bytes:
+    """One bit in the middle, in the weights or slots."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+
+
+@pytest.mark.parametrize("harm", [truncated, flipped])
+def test_a_damaged_state_gives_way_to_the_one_before(runner, whole, tmp_path, harm):
     folder = copy_run(whole, tmp_path)
     before, newest = states(folder)
-    os.truncate(newest, newest.stat().st_size - 100)
+    newest.write_bytes(harm(newest.read_bytes()))
     done = finish(runner, folder)
     assert done["codes"] == [0], done
     assert f"{newest.relative_to(folder)} is damaged" in done["out"]
@@ -547,7 +562,7 @@ def test_fresh_begins_again_on_all_ranks(runner, whole, tmp_path):
     ("train.pack_length=20", 1, "longer than a pack; raise train.pack_length=20"),
     ("ask=missing.wav", 1, "missing.wav"),
     ("ask=hello", 1, "There is no model in runs/t/model; train it first"),
-    ("model.llm=nowhere/nothing", 1, "nowhere/nothing")])
+    ("model.from=runs/other/model", 1, "runs/other/model")])
 def test_wrong_use_is_one_sentence(runner, whole, tmp_path, argument, world, says):
     if "missing" in argument:
         copy_run(whole, tmp_path)
