@@ -673,8 +673,10 @@ def speakable(text, lang):
     >>> [speakable(text, "en-us") for text in ("the ball is red", "see https://a.b", "球是红的")]
     [True, False, False]
     """
-    foreign = FOREIGN.get(language(lang), UNSPEAKABLE)                 # others: nothing more to judge
-    return bool(re.search(r"\w", text)) and not UNSPEAKABLE.search(text) and not foreign.search(text)
+    foreign = FOREIGN.get(language(lang))
+    if not re.search(r"\w", text) or UNSPEAKABLE.search(text):
+        return False
+    return foreign is None or foreign.search(text) is None
 
 
 def to_16k(waveform, rate):
@@ -733,14 +735,14 @@ def lay_noise(parts, settings, rng):
     Half of it is the babble of other parts, half coloured. bench.py tests with babble of voices that training
     never hears, and with pink and white noise.
     """
-    clean = [part["waveform"] for part in parts]
+    waveforms = [part["waveform"] for part in parts]
     for i, part in enumerate(parts):
         if rng.random() >= settings.share:
             continue
-        others = clean[:i] + clean[i + 1:]
+        others = waveforms[:i] + waveforms[i + 1:]
         kind = "babble" if others and rng.random() < 0.5 else "coloured"
         snr = rng.uniform(*settings.snr)
-        part["waveform"] = mix(clean[i], noise_of(kind, len(clean[i]), others, rng), snr)
+        part["waveform"] = mix(waveforms[i], noise_of(kind, len(waveforms[i]), others, rng), snr)
         part["noise"] = f"{kind} {snr:.0f} dB"
 
 
@@ -1413,10 +1415,10 @@ def tiny_world(seed, split, documents, facts):
 def story(rng, facts):
     """Write four sentences or a few more; facts: how often one is told in each of FACT_FORMS."""
     forms = [form for form, times in facts.items() for _ in range(times)]
-    sentences = []
-    while len(sentences) < 4:
-        sentences += rng.choice(draw_scenes(rng, forms))
-    return " ".join(sentences)
+    told = []
+    while len(told) < 4:
+        told += rng.choice(draw_scenes(rng, forms))
+    return " ".join(told)
 
 
 def draw_scenes(rng, forms):

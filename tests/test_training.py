@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -379,36 +380,106 @@ def test_a_run_goes_on_with_another_number_of_ranks(runner, whole, tmp_path):
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-def test_sigterm_to_torchrun(runner, many, eight, tmp_path):
-    """The real launcher, with reading processes, which its signal does not end; a missing shard and the tokenizer are
-    made first. The run goes on to the same batches as a run that had everything and was not stopped."""
+class Marked:
+    """A command whose processes, children of children included, are found by a mark in their environment."""
+
+    def __init__(self, command: list, folder: Path):
+        self.mark = uuid.uuid4().hex
+        self.process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, env={**os.environ, "MARK": self.mark})
+
+    def alive(self) -> dict[int, str]:
+        """{process: command line} of what still runs."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"MARK={self.mark}".encode() in (folder / "environ").read_bytes():
+                    found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+            except OSError:                  # it has just ended
+                continue
+        return found
+
+    def children(self, parent: int) -> list[int]:
+        return [pid for pid in self.alive() if stat(pid)[1] == parent]
+
+    def until(self, reached, seconds: int = 90):
+        """Wait until reached() is true, and return what it gave."""
+        for _ in range(seconds * 50):
+            if value := reached():
+                return value
+            time.sleep(0.02)
+        raise AssertionError(f"waited {seconds} s in vain; {self.process.poll()=}, {self.alive()=}")
+
+    def ended(self) -> bool:
+        """Nobody is left."""
+        self.process.poll()
+        return not self.alive()
+
+    def close(self) -> None:
+        for pid in self.alive():
+            os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+
+
+def stat(pid: int) -> tuple[str, int, int]:
+    """State, parent and group of a process."""
+    try:
+        state, parent, group, *_ = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:                          # it has just ended
+        return "", 0, 0
+    return state, int(parent), int(group)
+
+
+@pytest.fixture
+def marked():
+    started = []
+
+    def start(*command, folder: Path) -> Marked:
+        started.append(Marked(command, folder))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.close()
+
+
+def logged(folder: Path, step: int):
+    path = folder / "runs/t/metrics.jsonl"
+    return lambda: path.is_file() and f'"step": {step},' in path.read_text()
+
+
+def test_sigterm_to_torchrun(runner, marked, tmp_path):
+    """The real launcher. A missing shard and the tokenizer are made first. Its signal goes to the whole group of each
+    rank: the processes there that help to read live on, all ranks stop at one step, and the run goes on to the same
+    batches as one that was not stopped and had everything."""
     data = tmp_path / "data"
-    settings = [setting for setting in runner.settings(*many, "train.workers=1") if not setting.startswith("data=")]
     shutil.copytree(runner.data[-1].removeprefix("data="), data, ignore=shutil.ignore_patterns("tokenizer-*"))
     shard = data / "text" / "train-000002.tar"
     made = shard.read_bytes()
     shard.unlink()
-    scratch = [setting for setting in settings if not setting.startswith("model.from=")]    # wants a tokenizer
-    command = [*TORCHRUN, ROOT / "inserter.py", *scratch, f"data={data}"]
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
-    path = tmp_path / "runs/t/metrics.jsonl"
-    begun = time.time()
-    while time.time() - begun < 90 and process.poll() is None:
-        if path.exists() and len(path.read_text().splitlines()) > 2:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    long = [stages(pretrain=f"steps: 60, {MIX}"), "train.save_every=100", f"data={data}"]
+    run = marked(*TORCHRUN, ROOT / "inserter.py", *runner.settings(*long, "train.workers=1"), folder=tmp_path)
+    run.until(logged(tmp_path, 2))
+    assert shard.read_bytes() == made
+    ranks = run.children(run.process.pid)
+    assert len(ranks) == 2
+    helpers = [pid for pid in run.alive() if pid not in ranks and stat(pid)[2] in ranks]
+    assert len(helpers) >= 2, "a fork server of each"
+    for pid in helpers:
+        os.kill(pid, signal.SIGTERM)
+    run.until(logged(tmp_path, 12))          # more than what had been read ahead
+    run.process.send_signal(signal.SIGTERM)
+    out, err = run.process.communicate(timeout=60)
     assert "stopped by a signal after step" in out, out + err
     assert err.count("Traceback") == 1, err                             # torchrun's own alone
     assert "got signal: 15" in err
-    assert shard.read_bytes() == made
+    run.until(run.ended, seconds=10)
     step, _ = metrics(tmp_path)[-1]
-    assert 2 <= step < 8
-    assert states(tmp_path)[-1].name == f"{step:08d}.pt"
-    assert runner(tmp_path, *scratch, f"data={data}", world=2)["codes"] == [0, 0]
-    assert metrics(tmp_path, "batch") == metrics(eight, "batch")
+    assert 12 <= step < 60
+    assert [state.name for state in states(tmp_path)] == [f"{step:08d}.pt"]
+    assert runner(tmp_path, *long, world=2)["codes"] == [0, 0]
+    assert runner(tmp_path / "whole", *long)["codes"] == [0]
+    assert metrics(tmp_path, "batch") == metrics(tmp_path / "whole", "batch")
 
 
 # --------------------------------------------------------------------------------------------------
