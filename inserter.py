@@ -836,7 +836,7 @@ def first_samples(c, stage):
     """Every sample, with its files, in the first training shard of each of the stage's recipes."""
     for name in recipe_names(stage):
         path = Recipe(c, name).paths[0]
-        for number in range(synth.read_index(path)["count"]):
+        for number in range(synth.sample_count(path)):
             yield synth.read_sample(path, number)
 
 
@@ -900,7 +900,7 @@ class Recipe:
         self.name = name
         self.salt = f"{c.seed} {salt} {name}"
         self.paths = sorted((Path(c.data) / name).glob("train-*.tar"))
-        self.counts = [synth.read_index(path)["count"] for path in self.paths]
+        self.counts = [synth.sample_count(path) for path in self.paths]
         self.total = sum(self.counts)
         if not self.total:
             raise UserError(f"{Path(c.data) / name} has no sample, which the stage's mix asks for; set its "
@@ -1246,7 +1246,7 @@ def train_tokenizer(c, folder):
     texts = [SYSTEM["content"][0]["text"], "system\nuser\nassistant\n", "Audio 1: "]
     texts += [task["ask"] for task in synth.TASKS.values()]
     path = Recipe(c, "text").paths[0]
-    for number in range(synth.read_index(path)["count"]):
+    for number in range(synth.sample_count(path)):
         sample, _ = synth.read_sample(path, number)
         texts += [part["text"] for part in itertools.chain(*synth.parts_of(sample))]
     bpe = tokenizers.ByteLevelBPETokenizer(unicode_normalizer="nfc")
@@ -1420,7 +1420,7 @@ def dev_samples(c, recipe):
     """This rank's share of the first dev samples of a recipe, with their clips; none where there is none."""
     rank, world = rank_and_world()
     path = synth.shard_path(c, recipe, "dev", 0)
-    count = synth.read_index(path)["count"] if path.is_file() else 0
+    count = synth.sample_count(path) if path.is_file() else 0
     for number in range(rank, min(count, c.train.eval_samples), world):
         sample, files = synth.read_sample(path, number)
         yield sample, decoded(files)
@@ -1767,7 +1767,7 @@ def draw_curves(folder):
         for stage, start in {row["stage"]: row["step"] for row in reversed(rows)}.items():
             axis.axvline(start, color="0.8", zorder=0)
             axis.text(start, 0.98, stage, transform=axis.get_xaxis_transform(), va="top", rotation=90)
-        axis.set(title=title, xlabel="step", yscale="log" if names == ["loss"] else "linear")
+        axis.set(title=title, xlabel="step", yscale="log" if "loss" in names and points else "linear")
         axis.legend()
     figure.savefig(folder / "curves.png", dpi=110)
 

@@ -836,6 +836,11 @@ def read_index(path):
     return json.loads(path.with_suffix(".json").read_bytes())
 
 
+@functools.cache
+def sample_count(path):
+    return read_index(path)["count"]
+
+
 @functools.lru_cache(maxsize=256)
 def open_shard(path):
     """An open shard and, of each sample, (offset, length, CRC-32)."""

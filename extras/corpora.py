@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import gc
 import glob
 import gzip
 import json
@@ -151,6 +152,8 @@ def main(arguments: list[str]) -> None:
             kept += 1
             if kept == c.documents:
                 break
+    rows.close()
+    gc.collect()                  # or threads of Arrow that still read ahead may abort Python at its end, or hang
     if not kept:
         raise UserError(f"None of {left_out} rows of {c['from']} has text, messages or conversations; rename "
                         "the column that has them.")

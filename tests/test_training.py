@@ -407,6 +407,8 @@ class Marked:
         for _ in range(seconds * 50):
             if value := reached():
                 return value
+            if not self.alive() and not reached():
+                break
             time.sleep(0.02)
         raise AssertionError(f"waited {seconds} s in vain; {self.process.poll()=}, {self.alive()=}")
 
