@@ -34,6 +34,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import io
 import itertools
 import json
 import math
@@ -1487,6 +1488,8 @@ def train(c):
     start_group()
     state = open_run(c, stages) if rank == 0 else None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:                       # once on every machine
+        if c.train.workers:
+            fork_server()                    # before synth.py starts one, for torchrun's signal would end that
         synth.make_shards(Settings(c | {"fresh": False}))
         load_tokenizer(c)                    # which may have to be trained
     gather(None)
@@ -1607,13 +1610,9 @@ def save_run(c, model, tok, optimizers, progress):
             card = (ASSETS / "model_card.md").read_text("utf-8").replace("RUN", c.run)
             (folder / "README.md").write_text(card, "utf-8")
         path = run_folder(c) / "state" / f"{progress.step:08d}.pt"
-        path.parent.mkdir(exist_ok=True)
-        aside = path.with_suffix(".new")
-        with open(aside, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        synth.write_whole(path, buffer.getbuffer())
         states = sorted(path.parent.glob("*.pt"))
         kept = [state for state in states if state <= path]             # later ones are damaged
         kept = kept[-c.train.keep_states:]

@@ -35,8 +35,9 @@ import synth
 from synth import UserError
 
 ROLE_OF = {"human": "user", "gpt": "assistant"}          # ShareGPT's names; it has "system" too
-# The builder of the package datasets for each kind of table. "NA" and "null" are words, no missing values.
-TABLES = {"parquet": ("parquet", {}),
+# The builder of the package datasets for each kind of table. Without `batch_size` a whole file of Parquet is read
+# ahead; "NA" and "null" are words, no missing values.
+TABLES = {"parquet": ("parquet", {"batch_size": 1000}),
           "csv": ("csv", {"keep_default_na": False}),
           "tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"})}
 

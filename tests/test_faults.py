@@ -45,20 +45,18 @@ def test_a_killed_reader_ends_the_run(runner, marked, tmp_path):                
     os.kill(readers[0], signal.SIGKILL)
     run.until(run.ended, seconds=20)
     _, err = run.process.communicate()
-    assert run.process.returncode not in (0, None)
-    assert re.search(f"process.* {readers[0]}|process that read", err), err
-    assert "killed" in err.lower() or "exited" in err, err
+    assert run.process.returncode in (1, 2)
+    assert re.search(rf"DataLoader worker \(pid(\(s\))? {readers[0]}\) (exited|is killed)|A process that read", err), err
 
 
 def test_a_readers_error_is_one_sentence_and_ends_the_run(runner, marked, tmp_path):    # noqa: F811
     """Nobody is left who waits for somebody, at the interpreter's end neither."""
     data = tmp_path / "data"
     shutil.copytree(runner.data[-1].removeprefix("data="), data)
-    paths = sorted(data.glob("tasks/train-*.tar"))
-    for path in paths:
+    for path in sorted(data.glob("tasks/train-*.tar")):
         for number in range(0, synth.read_index(path)["count"], 10):
             damage(path, number)
-    command = [ROOT / "inserter.py", *runner.settings(LONG, "train.workers=2", f"data={data}")]
+    command = [ROOT / "inserter.py", *runner.settings(LONG, "train.workers=1", f"data={data}")]
     run = marked(sys.executable, *command, folder=tmp_path)
     _, err = run.process.communicate(timeout=90)
     assert run.process.returncode == 2
@@ -229,6 +227,7 @@ def test_dialogues_without_answers_end_no_run(runner, tmp_path):                
     (tmp_path / "odd.jsonl").write_text("\n".join(lines))
     odd = [*SMALL, f"synth.corpus={tmp_path / 'odd.jsonl'}", f"data={tmp_path / 'data'}", "synth.held_out_share=0.3",
            "synth.shards={interleaved: 1, tasks: 1, text: 1, chat: 1}"]
+    synth.make_shards(synth.load_config(odd))
     done = runner(tmp_path, stages(sft="steps: 2, mix: {chat: 0.5, text: 0.5}"), *odd, "train.eval_samples=64")
     assert done["codes"] == [0], done
     assert set(rows(tmp_path)[-1]["eval"]) >= {"heard", "typed", "gap", "text", "obeys spoken", "obeys typed"}
