@@ -1004,8 +1004,7 @@ class Lanes(IterableDataset):
         tok = Tokenizer(self.hf)
         streams = [packs_of_lane(self.c, tok, self.mels, self.stage_name, lane, self.cursors[lane])
                    for lane in lanes]
-        while True:
-            yield from map(next, streams)
+        return map(next, itertools.cycle(streams))
 
 
 def feed(c, tok, mels, progress, lanes):
@@ -1025,6 +1024,11 @@ def feed(c, tok, mels, progress, lanes):
             yield list(itertools.islice(packs, len(lanes)))
         except UserError as error:           # PyTorch puts a reading process's traceback before the sentence
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+        except (ConnectionError, RuntimeError) as error:
+            if "Caught" in str(error):       # raised in a reading process that lives
+                raise
+            raise UserError("A process that read samples was killed, perhaps for want of memory; start again, if "
+                            "need be with fewer train.workers.") from None
 
 
 def fork_server():
@@ -1610,6 +1614,8 @@ def save_run(c, model, tok, optimizers, progress):
             card = (ASSETS / "model_card.md").read_text("utf-8").replace("RUN", c.run)
             (folder / "README.md").write_text(card, "utf-8")
         path = run_folder(c) / "state" / f"{progress.step:08d}.pt"
+        for left in path.parent.glob(".*"):  # by a process that was killed while it wrote
+            left.unlink()
         buffer = io.BytesIO()
         torch.save(state, buffer)
         synth.write_whole(path, buffer.getbuffer())

@@ -85,7 +85,7 @@ def training_of(seed: int, run: str, data: str, *arguments: str) -> list[str]:
 
 
 def asking(seed: int, run: str) -> list[str]:
-    return ["bench.py", f"run={run}", *settings_of(seed, "word")]
+    return ["bench.py", f"run={run}", f"seed={seed}"]
 
 
 def shared_commands(seed: int) -> dict[str, Lines]:
@@ -168,11 +168,11 @@ def speak_prompts(seed: int) -> None:
     folder = Path("runs") / f"arms-{seed}-prompts"
     if (folder / "prompts.jsonl").is_file():
         return
-    warmup = f"run={run_name(seed, 'warmup')}"         # whose voices the test must not have
-    rows = bench.spoken_suite(synth.load_config([*settings_of(seed, "word"), warmup]), folder)
+    _, *settings = asking(seed, run_name(seed, "warmup"))       # whose voices the test must not have
+    rows = bench.spoken_suite(synth.load_config(settings), folder)
     kept = [row for row in rows if row["condition"] == "standard" and row["suite"] != "adjustment"]
     for row in kept:
-        if row["audio_path"]:                          # as seen from another run's folder
+        if row["audio_path"]:                # as seen from another run's folder
             row["audio_path"] = f"../../{folder.name}/{row['audio_path']}"
     synth.write_whole(folder / "prompts.jsonl", bench.jsonl(kept))
 

@@ -90,8 +90,8 @@ def worded(text: str, lang: str) -> str:
 def chinese_disfluent(prompt: str, rng: Random) -> str:
     """A Chinese prompt as people speak: with fillers, and two characters said twice.
 
-    >>> chinese_disfluent("请写一首诗", Random(1))
-    '那个，请写，嗯，请写一首诗'
+    >>> chinese_disfluent("请写一首诗", Random(2))
+    '嗯，请写，嗯，请写一首诗'
     """
     amid = re.finditer(f"(?<={bench.CHINESE}{{2}})(?={bench.CHINESE}{{2}})", prompt)
     places = [match.start() for match in amid]

@@ -35,8 +35,8 @@ import synth
 from synth import UserError
 
 ROLE_OF = {"human": "user", "gpt": "assistant"}          # ShareGPT's names; it has "system" too
-# The builder of the package datasets for each kind of table. Without `batch_size` a whole file of Parquet is read
-# ahead; "NA" and "null" are words, no missing values.
+# The builder of the package datasets for each kind of table. Without `batch_size` a Parquet file is read
+# ahead, to its end. "NA" and "null" are words, no missing values.
 TABLES = {"parquet": ("parquet", {"batch_size": 1000}),
           "csv": ("csv", {"keep_default_na": False}),
           "tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"})}
@@ -154,7 +154,7 @@ def main(arguments: list[str]) -> None:
             if kept == c.documents:
                 break
     rows.close()
-    gc.collect()                  # or threads of Arrow that still read ahead may abort Python at its end, or hang
+    gc.collect()                  # or Python may hang or abort at its end: Arrow's threads still read ahead
     if not kept:
         raise UserError(f"None of {left_out} rows of {c['from']} has text, messages or conversations; rename "
                         "the column that has them.")

@@ -21,6 +21,7 @@ import inserter
 import synth
 
 ROOT = Path(__file__).parents[1]
+PROJECT = os.environ | {"PYTHONPATH": str(ROOT)}            # as if the tests' folders were the project's
 TINY = [
     "model.audio.encoder_layers=1",
     "model.audio.d_model=32",
@@ -59,9 +60,8 @@ class Runner:
     def __init__(self, data: list[str]):
         self.data = data
         command = [sys.executable, ROOT / "tests" / "runner.py"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}            # as if in the project's folder
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=environment)
+                                        env=PROJECT)
 
     def settings(self, *arguments: str) -> list[str]:
         """The command line of a tiny run; a later argument replaces an earlier one of the same key."""
@@ -127,8 +127,8 @@ def same_end(folder: Path, reference: Path) -> None:
         assert same(load_state(one), load_state(other))
     exports = [(each / "runs/t/model/model.safetensors").read_bytes() for each in (folder, reference)]
     assert exports[0] == exports[1]
-    left = [path.name for path in (folder / "runs/t").rglob("*") if re.match(r"[.](new|old)[.]|.*[.]new$", path.name)]
-    assert not left
+    assert sorted((folder / "runs/t/state").iterdir()) == states(folder)
+    assert not list((folder / "runs/t").glob(".[no]*"))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -386,7 +386,7 @@ class Marked:
     def __init__(self, command: list, folder: Path):
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(list(map(str, command)), cwd=folder, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, env={**os.environ, "MARK": self.mark})
+                                        stderr=subprocess.PIPE, text=True, env=PROJECT | {"MARK": self.mark})
 
     def alive(self) -> dict[int, str]:
         """{process: command line} of what still runs."""
