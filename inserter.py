@@ -1027,8 +1027,8 @@ def feed(c, tok, mels, progress, lanes):
         except (ConnectionError, RuntimeError) as error:
             if "Caught" in str(error):       # raised in a reading process that lives
                 raise
-            raise UserError("A process that read samples was killed, perhaps for want of memory; start again, if "
-                            "need be with fewer train.workers.") from None
+            raise UserError("A process that read samples was killed, perhaps for want of memory; start again, "
+                            "if need be with fewer train.workers.") from None
 
 
 def fork_server():

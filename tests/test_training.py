@@ -318,7 +318,7 @@ def finish(runner: Runner, folder: Path, *more: str, **options: object) -> dict:
     ("os.rename runs/t/model", 1),                          # before the export gives way to a new one
     ("os.rename runs/t/[.]new.model", 2),                   # when it has given way
     ("shutil.rmtree runs/t/[.]old.model", 7),               # when the new one is in place
-    ("os.remove runs/t/state", 0),                          # with a state too many
+    ("os.remove runs/t/state/0", 0),                        # with a state too many
     ("open runs/t/metrics.jsonl", -1),                      # after the last step
     ("os.rename runs/t/state", -1)])                        # with all but the last state
 def test_kill_before_a_file_operation(runner, whole, tmp_path, operation, nth):
