@@ -1027,8 +1027,8 @@ def feed(c, tok, mels, progress, lanes):
         except (ConnectionError, RuntimeError) as error:
             if "Caught" in str(error):       # raised in a reading process that lives
                 raise
-            raise UserError("A process that read samples was killed, perhaps for want of memory; start again, "
-                            "if need be with fewer train.workers.") from None
+            raise UserError("A process that read samples was killed, perhaps for want of memory; start "
+                            "again, if need be with fewer train.workers.") from None
 
 
 def fork_server():
@@ -1493,7 +1493,7 @@ def train(c):
     state = open_run(c, stages) if rank == 0 else None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:                       # once on every machine
         if c.train.workers:
-            fork_server()                    # before synth.py starts one, for torchrun's signal would end that
+            fork_server()                    # before synth.py starts one that torchrun's signal would end
         synth.make_shards(Settings(c | {"fresh": False}))
         load_tokenizer(c)                    # which may have to be trained
     gather(None)

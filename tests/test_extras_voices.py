@@ -35,7 +35,7 @@ def save_vits(folder: Path) -> str:
         num_speakers=2, speaker_embedding_size=4, wavenet_dilation_rate=1,
         posterior_encoder_num_wavenet_layers=1, prior_encoder_num_wavenet_layers=1,
         prior_encoder_num_flows=1, duration_predictor_num_flows=2))
-    model.decoder.conv_post.weight.data *= SCALE
+    model.decoder.conv_post.weight.data *= 0.005         # as they are, its clips stand at full scale
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -85,7 +85,7 @@ def test_a_batch_says_what_each_text_says_alone(vits, monkeypatch):
         kept = len(single) * 2 // 3
         assert np.abs(clip - single)[:kept].max() < 1e-5 < 0.01 < np.abs(single).max()
     shared = min(len(swapped), len(alone[1])) * 2 // 3
-    assert np.abs(swapped[:shared] - alone[1][:shared]).max() > 1e-3          # the speaker is heard
+    assert np.abs(swapped[:shared] - alone[1][:shared]).max() > 0.01          # the speaker is heard
 
 
 def test_every_speaker_is_one_batch(vits, monkeypatch):
@@ -182,7 +182,7 @@ def test_synthesis_by_the_hook(vits, tmp_path):
         done = command(
             folder, str(ROOT / "synth.py"), *SMALL, f"data={tmp_path / name}", "synth.engine=python:extras.voices:speak",
             "synth.shards={tasks: 1}", "synth.noise.share=0", "synth.tasks={speaker: 1.0}",
-            "synth.gate.chars_per_second=[0.1, 1000.0]", "synth.gate.min_rms=0.0", "synth.gate.max_clipped=1.0",
+            "synth.gate.chars_per_second=[0.1, 1000.0]",
             VOICES_MODEL=vits, VOICES_FILE=str(file))
         assert done.returncode == 0, done.stderr
         contents.append((tmp_path / name / "tasks/train-000000.tar").read_bytes())
