@@ -78,7 +78,6 @@ from synth import RATE, Settings, UserError
 SUITES = ("closed", "open", "adjustment", "transcription")
 CONDITIONS = ("standard", "background noise", "accent", "paralinguistic", "disfluency")
 SILENCE = "floor: silence"             # the model is fed silence as long as the prompt
-Rows = list[dict]
 
 
 def jsonl(rows):
@@ -384,7 +383,6 @@ def language_of(text):
 # (section 9): there `strict` has a verdict for each question.
 # --------------------------------------------------------------------------------------------------
 
-Verdicts = list[bool | None]           # None where no verdict can be given
 
 
 def follows(response, checks):
@@ -498,8 +496,6 @@ def is_judged(row):
 # 95 % of the ratios.
 # --------------------------------------------------------------------------------------------------
 
-Count = tuple[float, float]            # (numerator, denominator) that a row adds to a figure
-Figure = list[float] | None            # [ratio, lower end, upper end of its interval]
 # What the table shows; results.json has all figures.
 SHOWN = ("strict-prompt", "mean-prompt", "mean-instruction", "prompt", "instruction", "IAR", "ECR", "WER")
 SHOWN_OF_TINY = ("strict-prompt", "IAR", "ECR", "WER")
@@ -846,8 +842,8 @@ def question_of(row, folder):
 # --------------------------------------------------------------------------------------------------
 
 # What is read of a row; answers and votes of others are not.
-FIELDS = """suite condition lang prompt instruction_id_list kwargs decomposed_questions reference variant
-    voice""".split()
+FIELDS = """suite condition lang prompt instruction_id_list kwargs withdrawn decomposed_questions reference
+    variant voice""".split()
 
 
 def read_folder(folder):
@@ -938,7 +934,7 @@ def judge_rows(c, path, rows):
     """
     import openai                      # here: only a judge needs it
     address, _, model = c.judge.rpartition(",")
-    key = os.environ.get("OPENAI_API_KEY", "none")
+    key = os.environ.get("OPENAI_API_KEY") or "no key is needed"
     client = openai.OpenAI(base_url=address, api_key=key)
     kept = {line["of"]: line["votes"] for line in kept_lines(path)}
 

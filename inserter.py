@@ -1025,7 +1025,7 @@ def feed(c, tok, mels, progress, lanes):
         except UserError as error:           # PyTorch puts a reading process's traceback before the sentence
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
         except (ConnectionError, RuntimeError) as error:
-            if "Caught" in str(error):       # raised in a reading process that lives
+            if not workers or "Caught" in str(error):                   # raised where somebody reads on
                 raise
             raise UserError("A process that read samples was killed, perhaps for want of memory; start "
                             "again, if need be with fewer train.workers.") from None
@@ -1331,16 +1331,13 @@ def their_llm(model):
     return theirs.eval()
 
 
-Question = str | np.ndarray | list[np.ndarray]   # typed; a clip (samples,) float32 at 16 kHz; several clips
-
-
 def spoken_part(audio):
     """A clip whose words nobody wrote down."""
     return {"role": "speech", "text": "", "audio": audio}
 
 
 def answer(model, tok, questions, max_tokens, batch):
-    """Greedy answers to typed and spoken questions: (text, truncated)."""
+    """Greedy answers to questions, which are texts, clips or lists of clips: (text, truncated) each."""
     prompts = []
     for question in questions:
         clips = {}
@@ -1376,7 +1373,7 @@ def load_run(c):
 
 def ask(c):
     """The answer to a sound file, or to a text that is the name of none."""
-    is_sound = Path(c.ask).is_file() or re.search(r"\.(wav|flac|ogg|mp3)$", c.ask, re.I)
+    is_sound = os.path.isfile(c.ask) or re.search(r"\.(wav|flac|ogg|mp3)$", c.ask, re.I)
     model, tok = load_run(c)
     question = load_audio(c.ask) if is_sound else c.ask
     (text, _), = answer(model, tok, [question], max_tokens=1000, batch=1)

@@ -16,7 +16,7 @@ A DOCUMENT is a line of the corpus: {"text"} or {"messages": [{"role", "content"
     lang       its language; else it is synth.lang
     spoken     [start, end]: the characters of the text, or of the first user turn, that the recipe
                `continuation` speaks
-    endless    true where the text was cut off, so that its end is no target
+    endless    true where a text (no dialogue) was cut off, so that its end is no target
 
 A SAMPLE is what a shard holds and what inserter.py trains on, the same for every recipe:
 
@@ -85,7 +85,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from random import Random
-from typing import Callable
 
 import numpy as np
 import soundfile
@@ -107,11 +106,9 @@ class UserError(Exception):
 # level: spans of at least five words until about 30 % of the words are speech; or at sentence level: whole
 # sentences, about 40 %. Five recipes make samples of documents.
 # Here a speech part has its words, the voice that will say them, and the `loss` that it would have as text;
-# section 6 gives it a clip and keeps the voice's id.
+# section 6 gives it a clip and keeps the voice's id. `voice_for(words)` draws a voice, or gives None for what
+# it cannot read. Ranges are lists of (start, end), in order, not overlapping.
 # --------------------------------------------------------------------------------------------------
-
-Ranges = list[tuple[int, int]]                          # (start, end) of each, in order, not overlapping
-VoiceFor = Callable[[str], dict | None]                 # draws a voice for words; None: it cannot read them
 
 # One Chinese character is one word; "it's", "3.50" and "well-known" are one word each. Vowel signs and
 # accents that are characters of their own (as in Hindi) stand inside a word.
@@ -251,9 +248,9 @@ def splice(text, ranges, loss, voice_for):
 
 
 def spoken_range(turn, share, least, rng):
-    """What of a dialogue's turn is spoken: a user's is, with probability `share`, from its first word on.
+    """Ranges of a turn to be spoken: a user's turn is, with probability `share`, from its first word on.
 
-    Half the time it starts at a later word and leaves `least` words or more: the model then meets questions
+    Or, half the time, from a later word on, of which `least` or more are left: the model then meets questions
     that begin as text and go on as speech. least=None: always from the first word.
 
     >>> turn = {"role": "user", "content": "what is the colour of the sun"}
@@ -356,7 +353,7 @@ def tasks(document, settings, rng, voice_for):
 
 
 def plain_text(document, settings, rng, voice_for):
-    """Pure text, so that the LLM keeps what it knows; every position is a target.
+    """Pure text, so that the LLM keeps what it knows; all of it is a target.
 
     >>> list(plain_text({"text": "it is red."}, load_config([]).synth, Random(0), None))
     [{'parts': [{'role': 'text', 'text': 'it is red.', 'loss': True}], 'messages': None}]
@@ -1046,7 +1043,6 @@ def cut_text(text, most):
 # the settings and its number alone. Other engines are expensive to load: their processes make many shards.
 # --------------------------------------------------------------------------------------------------
 
-Key = tuple[str, str, int]        # of a shard: recipe, split, number
 CLIPS_AT_ONCE = 32                # clips that an engine speaks in one call, and that babble under each other
 GOLDEN = (5 ** 0.5 - 1) / 2       # its multiples, modulo 1, lie evenly however many they are
 
@@ -1154,8 +1150,9 @@ def wanted_shards(c):
 def make_shards(c):
     """Make the shards of this process's share that do not exist yet, then print the closing report."""
     if c.fresh:
-        for name in ("*/settings.yaml", "tokenizer-*/tokenizer.json"):     # other folders are not ours
-            for path in Path(c.data).glob(name):
+        made = [Path(c.data) / name / "settings.yaml" for name in ("corpus", *RECIPES)]
+        for path in [*made, *Path(c.data).glob("tokenizer-*/tokenizer.json")]:
+            if path.is_file():                              # else the folder is not ours
                 shutil.rmtree(path.parent)
     wanted = wanted_shards(c)
     shaping = [key for key in (*c.synth, "seed") if key not in ("shards", "workers")]
@@ -1266,6 +1263,10 @@ def load_config(arguments, **own):
     for key, text in changes.items():
         if key == "train.stages":
             c["train"]["stages"] = {}
+        parts = key.split(".")
+        if parts[:2] == ["train", "stages"] and len(parts) > 3 and parts[2] not in c["train"]["stages"]:
+            raise UserError(f"There is no stage {parts[2]!r}; a new one is given whole: "
+                            f"train.stages.{parts[2]}={{…}}.")
         value = Argument(text)
         for name in reversed(key.split(".")):
             value = {name: value}
@@ -1317,14 +1318,21 @@ def check_config(c):
         "synth.min_words must be from 1 to max_words": not 1 <= settings.min_words <= settings.max_words,
         f"run={c.run!r} must be a plain folder name": not re.fullmatch(r"[^\W_][\w.-]*", c.run),
         f"shard={c.shard!r} must be i/n with i below n": not numbers or int(numbers[1]) >= int(numbers[2]),
+        "synth.level must be word or sentence": settings.level not in ("word", "sentence"),
+        f"synth.tasks may have {', '.join(TASKS)}": not settings.tasks.keys() <= TASKS.keys(),
+        f"synth.noise.recipes may have {', '.join(RECIPES)}": not set(settings.noise.recipes) <= set(RECIPES),
+        "train.precision must be auto, float32 or bfloat16":
+            c.train.precision not in ("auto", "float32", "bfloat16"),
     }
+    for name, stage in c.train.stages.items():
+        wrong[f"stage {name}: optimizer must be adamw or muon"] = stage.optimizer not in ("adamw", "muon")
     for name in settings.shards:
         near = nearest(name, RECIPES)
         wrong[f"synth.shards has {name!r}; the nearest recipe is {near}"] = name != near
     pairs = {"rate": settings.rate, "pitch": settings.pitch, "noise.snr": settings.noise.snr,
              "gate.chars_per_second": settings.gate.chars_per_second}
     for key, pair in pairs.items():
-        wrong[f"synth.{key} must be [lowest, highest], not {pair}"] = pair != sorted(pair)[:2]
+        wrong[f"synth.{key} must be [lowest, highest], not {pair}"] = pair != sorted(pair) or len(pair) != 2
     for sentence, is_wrong in wrong.items():
         if is_wrong:
             raise UserError(f"{sentence}.")

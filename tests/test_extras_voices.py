@@ -31,11 +31,11 @@ def save_vits(folder: Path) -> str:
     torch.manual_seed(0)
     model = VitsModel(VitsConfig(
         vocab_size=len(alphabet), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
-        flow_size=16, spectrogram_bins=9, upsample_initial_channel=32, upsample_rates=[8, 8, 2, 2],
-        num_speakers=2, speaker_embedding_size=4, wavenet_dilation_rate=1,
+        flow_size=16, spectrogram_bins=9, upsample_initial_channel=32, upsample_rates=[8, 8],
+        upsample_kernel_sizes=[16, 16], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], num_speakers=2, speaker_embedding_size=4, wavenet_dilation_rate=1,
         posterior_encoder_num_wavenet_layers=1, prior_encoder_num_wavenet_layers=1,
         prior_encoder_num_flows=1, duration_predictor_num_flows=2))
-    model.decoder.conv_post.weight.data *= 0.005         # as they are, its clips stand at full scale
+    model.decoder.conv_post.weight.data *= 0.1           # as it is, clips stand at full scale
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -326,7 +326,7 @@ def test_the_words_of_a_clip_in_lower_case_without_punctuation(tok):
     sample = document(speech("The ball, it IS red!"), text("."), speech("漢字 yes", "01.flac"))
     first, second = M.encode(sample, CLIPS, tok).word_ids
     assert first == tok(" the ball it is red")
-    assert second == [*tok("漢"), *tok("字"), *tok(" yes")] or second == [*tok("漢字"), *tok(" yes")]
+    assert second == [*tok("漢字"), *tok(" yes")]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -522,15 +522,6 @@ def test_every_epoch_has_an_order_of_its_own(c):
     assert first != second
     assert set(first) == set(second)
     assert len(set(first)) == 21
-
-
-def test_a_step_sees_samples_from_all_over(small_data):
-    """Four lanes, four shards: in each epoch every lane reads another shard."""
-    recipe = M.Recipe(synth.load_config(small_data), "interleaved")
-    assert recipe.counts == [30] * 4
-    for epoch in range(3):
-        first = [recipe.locate(epoch, lane * recipe.total // 4)[0] for lane in range(4)]
-        assert len(set(first)) == 4
 
 
 def test_shares_of_the_mix(c, tok):

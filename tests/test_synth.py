@@ -495,15 +495,9 @@ def turns(*roles):
     return [{"role": said[role][0], "content": said[role][1]} for role in roles]
 
 
-@pytest.mark.parametrize("dialogue, most, pieces", [
-    ("uauaua", 14, ["uaua", "ua"]), ("uauaua", 13, ["ua", "ua", "ua"]), ("uauaua", 21, ["uauaua"]),
-    ("suauaua", 16, ["suaua", "sua"]), ("suaua", 15, ["sua", "sua"]),    # the system's turn in every piece
-    ("uaua", 1, ["ua", "ua"]), ("suaaua", 5, ["suaa", "sua"]),               # an exchange stays whole
-    ("auua", 7, ["au", "ua"]), ("s", 1, ["s"]), ("ussa", 4, ["ussa"]),
-])
-def test_a_long_dialogue_is_cut_before_a_user(dialogue, most, pieces):
-    found = synth.cut_document({"messages": turns(*dialogue)}, most)
-    assert found == [{"messages": turns(*piece)} for piece in pieces]
+def test_a_long_dialogue_stays_whole():
+    document = {"messages": turns(*"suauaua")}
+    assert synth.cut_document(document, 5) == [document]
 
 
 def test_the_pieces_of_a_document_stand_in_order_in_its_split(tmp_path):
@@ -901,9 +895,13 @@ def test_changed_settings_are_refused_by_name(small_data, tmp_path):
     synth.main([*SMALL, f"data={moved}"])
     assert contents(moved) == before
     moved.rename(folder)
-    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer-64").mkdir()
+    (folder / "tokenizer-64" / "tokenizer.json").write_text("{}")
+    (folder / "mine").mkdir()
+    (folder / "mine" / "settings.yaml").write_text("theirs: true")
     synth.main([*SMALL, f"data={folder}", "synth.share=0.4", "synth.shards={interleaved: 1, text: 1}", "fresh=true"])
-    assert not (folder / "tokenizer").exists()                           # it was trained on the text that is gone
+    assert not (folder / "tokenizer-64").exists()                        # it was trained on the text that is gone
+    assert (folder / "mine" / "settings.yaml").exists()                  # a user's folder
     assert contents(folder)["interleaved/train-000000.tar"] != before["interleaved/train-000000.tar"]
 
 

@@ -290,7 +290,7 @@ def test_what_is_never_due_and_a_stage_of_tokens(runner, many, tmp_path):
     with the step that reaches them."""
     never = ["train.log_every=0", "train.eval_every=0", "train.save_every=0"]
     two = stages(left_out=TASKS, pretrain=f"tokens: 600, {MIX}")
-    done = runner(tmp_path, *many, *never, two)
+    done = runner(tmp_path, *many, *never, two, draw=True)
     assert done["codes"] == [0], done
     (kept,) = states(tmp_path)
     progress = load_state(kept)["progress"]
