@@ -126,7 +126,7 @@ def open_cascade(c: Settings, names: str) -> Ask:
         replies = []
         asked = []
         for row, (clips, text) in zip(rows, turns, strict=True):
-            heard = " ".join(next(written) for _ in clips)
+            heard = " ".join(next(written) for _ in clips).strip()
             replies.append({"response": heard, "truncated": False} | ({"heard": heard} if clips else {}))
             asked.append([{"role": "user", "content": f"{heard}\n{text}".strip()}])
         wanted = [n for n, row in enumerate(rows) if row["suite"] != "transcription"]

@@ -29,8 +29,10 @@ SIZES = ["model.audio.d_model=32", "model.audio.encoder_layers=1", "model.audio.
          "model.text.intermediate_size=48", "model.text.vocab_size=600"]
 
 
-def noise(seed, seconds):
-    return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * RATE))).astype(np.float32)
+def siren(number, seconds):
+    """A tone that goes up and down, another one for each number."""
+    time = np.arange(int(seconds * RATE)) / RATE
+    return 0.1 * (number + 1) * np.sin(2 * np.pi * (300 + 400 * number) * time + 300 * np.sin(2 * time))
 
 
 def write_rows(path, rows):
@@ -45,7 +47,7 @@ def prompts(tmp_path, monkeypatch):
     (tmp_path / "sib/audio").mkdir(parents=True)
     rows = []
     for number, word in enumerate(WORDS):
-        soundfile.write(f"sib/audio/{number}.wav", noise(number, (0.5, 31.0, 0.9)[number]), RATE, subtype="PCM_16")
+        soundfile.write(f"sib/audio/{number}.wav", siren(number, (0.5, 31.0, 0.9)[number]), RATE, subtype="PCM_16")
         rows.append({"prompt": f"Say {word} without commas.", "audio_path": f"audio/{number}.wav"} | NO_COMMA)
     write_rows(tmp_path / "sib/closed_standard_en.jsonl", rows)
     return tmp_path / "sib"
@@ -241,10 +243,11 @@ def test_a_server_without_a_key(prompts, serve, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 
 def randomise(model, scale=0.3):
-    """All weights random: the first ones of InSerter's blocks are zero."""
+    """All matrices random: the first ones of InSerter's blocks are zero."""
     torch.manual_seed(3)
     for weight in model.parameters():
-        weight.data = scale * torch.randn_like(weight)
+        if weight.dim() > 1:
+            weight.data = scale * torch.randn_like(weight)
     return model
 
 
@@ -286,7 +289,7 @@ def save_whisper(folder):
         decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, suppress_tokens=None,
         begin_suppress_tokens=None, **ids)), scale=1.0)
     model.generation_config = transformers.GenerationConfig(
-        max_length=448, is_multilingual=False, no_timestamps_token_id=no_times, suppress_tokens=[start, no_times], **ids)
+        max_length=448, is_multilingual=False, no_timestamps_token_id=no_times, suppress_tokens=[end, start, no_times], **ids)
     for part in (model, tokenizer, transformers.WhisperFeatureExtractor()):
         part.save_pretrained(folder)
 
@@ -343,9 +346,11 @@ def test_a_cascade_answers_what_it_hears(prompts, suite, models, asr):
         if row["mode"] == "spoken":
             text = row["heard"]
             clips = bench.question_of(row, Path("bench"))
-            for clip, words in zip(clips, text.split(" "), strict=True):      # these models write no spaces
-                alone = hear({"raw": clip, "sampling_rate": RATE}, **limits)["text"].strip()
-                assert words.startswith(alone) and (alone == words or asr == "whisper")
+            alone = [hear({"raw": clip, "sampling_rate": RATE}, **limits)["text"].strip() for clip in clips]
+            if asr == "whisper":       # this one writes no spaces, and never ends
+                assert all(map(str.startswith, text.split(" "), alone)) and len(text.split(" ")) == len(clips)
+            else:
+                assert text == " ".join(alone)
         if row["suite"] == "transcription":
             assert row["response"] == row["heard"]
             continue
@@ -353,9 +358,9 @@ def test_a_cascade_answers_what_it_hears(prompts, suite, models, asr):
                                                return_tensors="pt", return_dict=True)
         made = llm.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:]
         assert row["response"] == tokenizer.decode(made, skip_special_tokens=True)
-    heard = {row["heard"] for row in rows.values() if row["mode"] == "spoken"}
-    assert len(heard) == 4                                            # three clips and silence
-    assert max(map(len, heard)) <= 2 * (10 + systems.TOKENS_A_SECOND * 30)
+    assert len({row["heard"] for row in rows.values() if row["mode"] == "spoken"}) >= 4      # three clips and silence
+    if asr == "whisper":
+        assert len(rows["s"]["heard"]) == 10 + systems.TOKENS_A_SECOND / 2               # the clip lasts half a second
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -153,54 +154,45 @@ def test_voices_are_divided_by_timbre_and_drawn_by_language(tmp_path, monkeypatc
 # As a person uses it
 # --------------------------------------------------------------------------------------------------
 
-def command(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=folder, env=os.environ | environment,
-                          capture_output=True, text=True)
-
-
-def test_clips_to_hear(vits, tmp_path):
+def test_clips_to_hear(vits, tmp_path, capsys):
+    """One after the other, half a second between them, with the gate's verdict on each."""
     file = voices_file(tmp_path, [FIRST, SECOND])
-    for chosen, count in (([], 1), ([f"voices={file}"], 2)):
-        done = command(tmp_path, str(ROOT / "extras/voices.py"), f"model={vits}", "say=hello there", "to=a.wav", *chosen)
-        assert done.returncode == 0, done.stderr
+    arguments = [f"model={vits}", f"to={tmp_path / 'a.wav'}", "synth.gate.chars_per_second=[1.0, 1000.0]"]
+    for more, ids in (["say=hello there"], [vits]), ([f"voices={file}", "say=i have 3"], ["a", "b"]):
+        voices.main([*arguments, *more])
         waveform, rate = soundfile.read(tmp_path / "a.wav")
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert last == f"{tmp_path / 'a.wav'} is written, at 16000 Hz."
+        assert [line.split(" s  ")[1].split(",")[0] for line in lines] == ids
         assert rate == 16000
-        assert len(done.stdout.splitlines()) == count + 1
-        assert done.stdout.count(" s long, ") == count
-        assert np.abs(waveform).max() > 0.003
-        assert np.all(waveform[-8000:] == 0)            # the pause behind the last
-        if count == 2:
-            start = float(done.stdout.splitlines()[1].split()[0])
-            assert np.all(waveform[int(start * rate) - 7000:int(start * rate) - 1000] == 0)
+        assert np.all(waveform[-8000:] == 0)            # the pause behind the last clip
+        if len(ids) == 1:
+            assert lines[0].startswith("   0.0 s  ") and lines[0].endswith(" s long, fit")
+            assert np.abs(waveform[:-8000]).max() > 0.003
+        else:                                           # it knows no digits
+            assert [line.split("long, ")[1] for line in lines] == ["rejected: empty"] * 2
+            assert len(waveform) == 16000
+            assert lines[1].startswith("   0.5 s  ")
 
 
 def test_synthesis_by_the_hook(vits, tmp_path):
-    """In the project's folder and in another one, in processes of their own; all clips are these voices'."""
+    """By the command of the docstring, in the project's folder; all clips are these voices'."""
     file = voices_file(tmp_path, [FIRST, SECOND])
-    contents = []
-    for folder, name in ((ROOT, "one"), (tmp_path, "two")):
-        done = command(
-            folder, str(ROOT / "synth.py"), *SMALL, f"data={tmp_path / name}", "synth.engine=python:extras.voices:speak",
-            "synth.shards={tasks: 1}", "synth.noise.share=0", "synth.tasks={speaker: 1.0}",
-            "synth.gate.chars_per_second=[0.1, 1000.0]",
-            VOICES_MODEL=vits, VOICES_FILE=str(file))
-        assert done.returncode == 0, done.stderr
-        contents.append((tmp_path / name / "tasks/train-000000.tar").read_bytes())
-    assert contents[0] == contents[1]
-    path = tmp_path / "one/tasks/train-000000.tar"
-    asked = {"a": set(), "b": set()}
-    for number in range(synth.read_index(path)["count"]):
+    done = subprocess.run(
+        [sys.executable, "synth.py", *SMALL, f"data={tmp_path / 'data'}", "synth.engine=python:extras.voices:speak",
+         "synth.shards={tasks: 1}", "synth.noise.share=0", "synth.tasks={speaker: 1.0}"],
+        cwd=ROOT, env=os.environ | {"VOICES_MODEL": vits, "VOICES_FILE": str(file)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "data/tasks/train-000000.tar"
+    index = synth.read_index(path)
+    asked = {"a": Counter(), "b": Counter()}
+    for number in range(index["count"]):
         sample, files = synth.read_sample(path, number)
-        spoken, question, answer = sample["parts"] if len(sample["parts"]) == 3 else (None, None, None)
-        if spoken and spoken["role"] == "speech":
-            asked[spoken["voice"]].add((question["text"], answer["text"]))
-            clip = synth.decode_flac(files[spoken["audio"]])
-            assert len(clip) == pytest.approx(spoken["seconds"] * synth.RATE, abs=8)
-    assert asked == {"a": {("Speaker:", " woman")}, "b": {("Speaker:", " man")}}
-
-
-def test_a_missing_variable_is_one_sentence(tmp_path):
-    done = command(tmp_path, str(ROOT / "synth.py"), *SMALL, "synth.engine=python:extras.voices:speak", "data=d",
-                   VOICES_MODEL="", VOICES_FILE="")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "No file names the voices: write one, as in VOICES_FILE=voices.jsonl."
+        spoken = sample["parts"][0]
+        if spoken["role"] == "speech":                  # else its clip has failed the gate
+            question, answer = sample["parts"][1:]
+            asked[spoken["voice"]][question["text"] + answer["text"]] += 1
+            assert len(synth.decode_flac(files[spoken["audio"]])) == round(spoken["seconds"] * synth.RATE)
+    assert asked["a"].keys() == {"Speaker: woman"}
+    assert asked["b"].keys() == {"Speaker: man"}
+    assert index["counts"]["clips"] == asked["a"].total() + asked["b"].total() > 20
