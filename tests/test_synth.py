@@ -129,13 +129,23 @@ def test_a_table_is_replaced_whole_and_a_section_key_by_key():
 
 
 def test_a_stage_has_the_template_where_it_says_nothing():
-    c = synth.load_config(["train.stages.mine.tokens=900", "train.stages.mine.mix={text: 1.0}"])
+    c = synth.load_config(["train.stages.mine={tokens: 900, mix: {text: 1.0}}"])
     assert list(c.train.stages)[-1] == "mine" and c.train.stages.mine.keys() == c.train.stage.keys()
     assert c.train.stages.mine == c.train.stage | {"tokens": 900, "mix": {"text": 1.0}}
     c = synth.load_config(["train.stage.packs=7"])
     assert (c.train.stages.pretrain.packs, c.train.stages.warmup_text.packs) == (7, 6)
     c = synth.load_config(["train.stages={one: {steps: 3}}"])                         # in place of all others
     assert c.train.stages == {"one": c.train.stage | {"steps": 3}}
+    with pytest.raises(UserError, match="no stage 'pretrian'"):
+        synth.load_config(["train.stages.pretrian.steps=10"])
+
+
+@pytest.mark.parametrize("argument", [
+    "train.precision=bf16", "train.stage.optimizer=Muon", "synth.level=sentences", "synth.tasks={cuont: 1.0}",
+    "synth.noise.recipes=[task]", "synth.rate=[200]"])
+def test_what_is_none_of_a_few_values_is_refused(argument):
+    with pytest.raises(UserError):
+        synth.load_config([argument])
 
 
 def test_an_extra_has_keys_of_its_own():
