@@ -1482,6 +1482,8 @@ def train(c):
     """Run the stages from the start or from the newest state."""
     rank, world = rank_and_world()
     stages = stages_of(c)
+    if not stages:
+        raise UserError("No stage has a length; give one, as train.stages.pretrain.steps=1000.")
     for name in stages:
         if c.train.stages[name].packs % world:
             raise UserError(f"train.stages.{name}.packs={c.train.stages[name].packs} is no multiple of the "
@@ -1546,12 +1548,8 @@ def open_run(c, stages):
                             "it yourself, or choose another name with run=….")
         shutil.rmtree(folder)
     state = load_state(folder / "state")
-    step = 0
-    over = []
-    if state:
-        progress = Progress(**state["progress"])
-        step = progress.step
-        over = stages[:stages.index(progress.stage)] if progress.stage in stages else []
+    progress = Progress(**state["progress"]) if state else Progress(stages[0])
+    over = stages[:stages.index(progress.stage)] if progress.stage in stages else []
     synth.same_settings(
         folder / "config.yaml", c,
         remedy="choose another name with run=…, or start it anew with fresh=true",
@@ -1559,7 +1557,8 @@ def open_run(c, stages):
         begun=bool(state) or (folder / "model").is_dir())
     path = folder / "metrics.jsonl"          # forget what a killed process wrote after its last state
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-    known = [line for line in lines if step and line.endswith("\n") and json.loads(line)["step"] <= step]
+    known = [line for line in lines
+             if state and line.endswith("\n") and json.loads(line)["step"] <= progress.step]
     synth.write_whole(path, "".join(known).encode())
     return state
 
@@ -1625,14 +1624,14 @@ def save_run(c, model, tok, optimizers, progress):
 
 
 def start_group():
-    """Join the other ranks: NCCL sums gradients on GPUs, gloo on CPUs."""
+    """Join the other ranks: on GPUs NCCL sums gradients; gloo does on CPUs, and carries what is no tensor."""
     here = device_here()
     if here.type == "cuda":
         torch.cuda.set_device(here)
     if rank_and_world()[1] > 1:
         # with patience: another's long save is no failure, and torchrun ends all ranks if one dies
         patience = datetime.timedelta(days=1)
-        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timeout=patience)
 
 
 def describe(model):

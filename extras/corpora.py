@@ -35,9 +35,9 @@ import synth
 from synth import UserError
 
 ROLE_OF = {"human": "user", "gpt": "assistant"}          # ShareGPT's names; it has "system" too
-# The builder of the package datasets for each kind of table. Without `batch_size` a Parquet file is read
-# ahead, to its end. "NA" and "null" are words, no missing values.
-TABLES = {"parquet": ("parquet", {"batch_size": 1000}),
+# The builder of the package datasets for each kind of table. More than a hundred batches of Parquet are read ahead:
+# small ones, or a file would be held in memory. "NA" and "null" are words, no missing values.
+TABLES = {"parquet": ("parquet", {"batch_size": 100}),
           "csv": ("csv", {"keep_default_na": False}),
           "tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"})}
 
@@ -127,7 +127,8 @@ def rows_of(source: str) -> Iterator[object]:
     try:
         for number, row in enumerate(open_source(source), 1):
             yield row
-    except (EOFError, ValueError) as error:        # ValueError: of JSON, CSV, Arrow; an unknown split
+    # of a file cut short; of a data set that is a program; of wrong JSON, CSV or Parquet, and a wrong split
+    except (EOFError, RuntimeError, ValueError) as error:
         raise UserError(f"{source}, row {number + 1}, cannot be read ({error}).") from None
 
 

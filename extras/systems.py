@@ -1,7 +1,7 @@
-"""Other systems answer bench.py's prompts: a file of answers that bench.py scores.
+"""Other systems answer bench.py's prompts; bench.py scores the file of their answers.
 
-    system=hf:FOLDER           a checkpoint, or a hub's name, that transformers' auto classes open for audio and
-                               text: Qwen2-Audio, or the export of a run
+    system=hf:FOLDER           a checkpoint, or a hub's name, that transformers' auto classes open for audio
+                               and text: Qwen2-Audio, or the export of a run
     system=cascade:ASR,LLM     two of transformers' models: what the first hears is typed to the second, and
                                stands in the row as "heard"
     system=url:ADDRESS,MODEL   an OpenAI-compatible server that takes audio; its key is the environment's
@@ -10,7 +10,7 @@
 The prompts are a folder's, as in bench.py, or a file of rows: runs/<run>/bench/prompts.jsonl is the tiny
 suite. A spoken prompt is one turn of the user: its clips of at most 30 s, and request=… beside them for
 systems that want to be told to answer. Answers are greedy, of at most bench.max_tokens tokens, to bench.batch
-prompts at a time; url: sends bench.requests at once. What is answered is kept: the same command goes on.
+prompts at a time; url: sends bench.requests at once. An interrupted command goes on where it was.
 
     python extras/systems.py prompts=sib system=hf:Qwen/Qwen2-Audio-7B-Instruct to=answers.jsonl \\
         bench.max_tokens=1024 bench.batch=8
@@ -42,13 +42,8 @@ import inserter
 import synth
 from synth import RATE, Settings, UserError
 
-OPTIONS = {
-    "system": "",
-    "to": "",                   # the file of answers
-    "request": "",              # a text beside the clips of a spoken prompt
-}
 TRANSCRIBE = "Write down what is said, word for word."      # beside the clips of the suite transcription
-# No speaker says more tokens a second. Without an end, an ASR model repeats some clips until its window is full.
+# No speaker says more tokens a second, but an ASR model repeats itself on some clips until it is stopped.
 TOKENS_A_SECOND = 10
 
 Turn = tuple[list[np.ndarray], str]           # what a row asks: clips (samples,) at 16 kHz, and a text
@@ -57,6 +52,7 @@ Ask = Callable[[list[dict], list[Turn]], Iterable[Reply]]             # the repl
 
 
 def turn_of(row: dict, folder: Path, request: str) -> Turn:
+    """What a row asks; its clip is looked for in `folder`."""
     if row["mode"] == "typed":
         return [], row["prompt"]
     return bench.question_of(row, folder), TRANSCRIBE if row["suite"] == "transcription" else request
@@ -68,8 +64,8 @@ def turn_of(row: dict, folder: Path, request: str) -> Turn:
 # transformers loads and generates. On a CPU in float32, on a GPU in the type of the checkpoint.
 # --------------------------------------------------------------------------------------------------
 
-def place() -> dict:
-    """Where a model lives, and in which type."""
+def placement() -> dict:
+    """Where a model stands, and in which type."""
     device = inserter.device_here()
     return {"device": device, "dtype": "auto" if device.type == "cuda" else torch.float32}
 
@@ -85,10 +81,12 @@ def greedy(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrain
 
 
 def open_hf(c: Settings, name: str) -> Ask:
+    """A model that hears and reads: clips and text are its user's turn."""
     processor = transformers.AutoProcessor.from_pretrained(name)
     processor.tokenizer.padding_side = "left"
-    model = transformers.AutoModelForMultimodalLM.from_pretrained(name, dtype=place()["dtype"])
-    model.to(place()["device"]).eval()
+    where = placement()
+    model = transformers.AutoModelForMultimodalLM.from_pretrained(name, dtype=where["dtype"])
+    model.to(where["device"]).eval()
 
     def ask(rows: list[dict], turns: list[Turn]) -> list[Reply]:
         prompts = []
@@ -105,9 +103,10 @@ def open_hf(c: Settings, name: str) -> Ask:
 
 
 def open_cascade(c: Settings, names: str) -> Ask:
+    """A model that hears and one that reads what was heard. The first alone answers a transcription."""
     asr, _, llm = names.partition(",")
-    hear = transformers.pipeline("automatic-speech-recognition", asr, **place())
-    reply = transformers.pipeline("text-generation", llm, **place())
+    hear = transformers.pipeline("automatic-speech-recognition", asr, **placement())
+    reply = transformers.pipeline("text-generation", llm, **placement())
     tokenizer = reply.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -145,32 +144,32 @@ def open_cascade(c: Settings, names: str) -> Ask:
 # --------------------------------------------------------------------------------------------------
 
 def open_url(c: Settings, name: str) -> Ask:
+    """A server. A request that it refuses for what it asks, and a reply that is none, are missing answers."""
     import openai                      # here: only a server needs it
     address, _, model = name.rpartition(",")
     key = os.environ.get("SYSTEM_API_KEY") or "no-key-was-given"
     client = openai.OpenAI(base_url=address, api_key=key)
 
-    def clean(said: str) -> str:
-        """Without the key, should the server say it, and without halves of surrogate pairs, which are no text."""
+    def safe(said: str) -> str:
+        """Without the key, should the server say it, and without half a surrogate pair, which is no text."""
         return said.replace(key, "[key]").encode("utf-8", "replace").decode()
 
     def reply_to(turn: Turn) -> Reply:
         clips, text = turn
         content = [wav_part(clip) for clip in clips]
         content += [{"type": "text", "text": text}] if text else []
-        messages = [{"role": "user", "content": content}]
+        request = {"model": model, "messages": [{"role": "user", "content": content}]}
         try:
-            reply = client.chat.completions.create(
-                model=model, messages=messages, max_tokens=c.bench.max_tokens, temperature=0)
+            reply = client.chat.completions.create(**request, max_tokens=c.bench.max_tokens, temperature=0)
             choice = reply.choices[0]
-            text = clean(choice.message.content or "")
-            return {"response": text, "truncated": choice.finish_reason == "length"}
+            response = safe(choice.message.content or "")
+            return {"response": response, "truncated": choice.finish_reason == "length"}
         except openai.BadRequestError as error:              # too long, or against the server's rules
-            return {"response": None, "problem": clean(error.message)}
+            return {"response": None, "problem": safe(error.message)}
         except (AttributeError, IndexError, TypeError, ValueError):
             return {"response": None, "problem": "what the server sent is no completion"}
         except openai.OpenAIError as error:
-            raise UserError(f"{address} fails ({clean(str(error))}); what is answered so far is kept.") from None
+            raise UserError(f"{address}: {safe(str(error))}; what is answered so far is kept.") from None
 
     def ask(rows: list[dict], turns: list[Turn]) -> Iterable[Reply]:
         with ThreadPoolExecutor(c.bench.requests) as pool:
@@ -197,14 +196,15 @@ def read_prompts(c: Settings) -> tuple[Path, list[dict]]:
     """(where the rows' clips are looked for, the rows)"""
     path = Path(c.prompts)
     if path.is_file():
-        return path.parent, bench.read_rows(path, suite=c.suite, condition="standard", lang="en")
+        rows = bench.read_rows(path, suite=c.suite, condition="standard", lang="en")
+        return path.parent, [{"key": number} | row for number, row in enumerate(rows, 1)]
     rows = bench.read_folder(path)
     return path, [row | {"mode": "spoken" if row["audio_path"] else "typed"} for row in rows]
 
 
 @torch.inference_mode()
 def main(arguments: list[str]) -> None:
-    c = synth.load_config(arguments, **OPTIONS)
+    c = synth.load_config(arguments, system="", to="", request="")
     kind, _, name = c.system.partition(":")
     if not c.prompts or not c.to:
         raise UserError("prompts=FOLDER and to=FILE.jsonl are missing: what is asked, and where the answers "
@@ -224,7 +224,7 @@ def main(arguments: list[str]) -> None:
     synth.same_settings(settings_path, settings, remedy, begun=path.is_file())
     answered = {row["key"] for row in bench.kept_lines(path)}
     todo = [row for row in rows if row["key"] not in answered]
-    todo.sort(key=lambda row: (row["suite"], row["mode"], len(row["prompt"])))          # batches of like lengths
+    todo.sort(key=lambda row: (row["suite"], row["mode"], len(row["prompt"])))      # batches of like lengths
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

@@ -66,7 +66,8 @@ def test_examples_in_docstrings_hold():
     ("At www.a.org/b?c=1&d, 50% off\\ `x` ^", "en",
      "At a dot org slash b question mark c equals 1 and d, 50 percent off x"),
     ('Say "no" \u201ctwice\u201d | now', "en", "Say no twice now"),
-    ("写300+字，用[名字]和**粗体**，1/2。", "zh", "写300 以上字，用方括号中的名字和 两个星号 粗体 两个星号 ，1 或 2。"),
+    ("写300+字，用[名字]和**粗体**，1/2。", "zh",
+     "写300 以上字，用方括号中的名字和 两个星号 粗体 两个星号 ，1 或 2。"),
     ("用《》标出题目", "zh", "用 书名号 标出题目")])
 def test_what_nobody_would_say_is_worded(text, lang, spoken):
     assert aloud.worded(text, lang) == spoken

@@ -33,7 +33,8 @@ def save_vits(folder: Path) -> str:
     model = VitsModel(VitsConfig(
         vocab_size=len(alphabet), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
         flow_size=16, spectrogram_bins=9, upsample_initial_channel=32, upsample_rates=[8, 8],
-        upsample_kernel_sizes=[16, 16], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]], num_speakers=2, speaker_embedding_size=4, wavenet_dilation_rate=1,
+        upsample_kernel_sizes=[16, 16], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]],
+        num_speakers=2, speaker_embedding_size=4, wavenet_dilation_rate=1,
         posterior_encoder_num_wavenet_layers=1, prior_encoder_num_wavenet_layers=1,
         prior_encoder_num_flows=1, duration_predictor_num_flows=2))
     model.decoder.conv_post.weight.data *= 0.1           # as it is, clips stand at full scale
@@ -71,7 +72,7 @@ def test_clips_repeat_by_seed_and_are_trimmed(vits):
 
 
 def test_a_batch_says_what_each_text_says_alone(vits, monkeypatch):
-    """Without its noise the model gives the same clip in a batch, but at the end, where it sees the padding."""
+    """Without noise a clip is the same alone and in a batch, but for its end, where the model sees padding."""
     _, model = voices.load(vits)
     monkeypatch.setattr(model, "noise_scale", 0.0)
     monkeypatch.setattr(model, "noise_scale_duration", 0.0)
@@ -137,13 +138,15 @@ def test_a_bad_file_is_named(tmp_path, text, where):
 
 
 def test_voices_are_divided_by_timbre_and_drawn_by_language(tmp_path, monkeypatch):
-    rows = [{"id": f"{lang} {n}", "timbre": f"t{n}", "lang": lang} for lang in ("en-GB", "zh-CN") for n in range(40)]
+    rows = [{"id": f"{lang} {n}", "timbre": f"t{n}", "lang": lang}
+            for lang in ("en-GB", "zh-CN") for n in range(40)]
     monkeypatch.setattr(voices, "speak", voices.Engine("", str(voices_file(tmp_path, rows))))
     settings = synth.load_config(["synth.engine=python:voices:speak"]).synth
     synth.load_engine.cache_clear()                     # it may know the engine of another test
     choices = {split: synth.candidates(split, settings) for split in ("train", "dev", "test")}
     timbres = {split: {voice["timbre"] for voice in found} for split, found in choices.items()}
-    assert sorted(voice["id"] for found in choices.values() for voice in found) == sorted(row["id"] for row in rows)
+    ids = [voice["id"] for found in choices.values() for voice in found]
+    assert sorted(ids) == sorted(row["id"] for row in rows)
     assert len(timbres["train"] | timbres["dev"] | timbres["test"]) == sum(map(len, timbres.values())) == 40
     drawn = [synth.draw_voice(synth.Random(seed), choices["train"], settings, "cmn") for seed in range(30)]
     assert {voice["lang"] for voice in drawn} == {"zh-CN"}
@@ -179,9 +182,10 @@ def test_synthesis_by_the_hook(vits, tmp_path):
     """By the command of the docstring, in the project's folder; all clips are these voices'."""
     file = voices_file(tmp_path, [FIRST, SECOND])
     done = subprocess.run(
-        [sys.executable, "synth.py", *SMALL, f"data={tmp_path / 'data'}", "synth.engine=python:extras.voices:speak",
-         "synth.shards={tasks: 1}", "synth.noise.share=0", "synth.tasks={speaker: 1.0}"],
-        cwd=ROOT, env=os.environ | {"VOICES_MODEL": vits, "VOICES_FILE": str(file)}, capture_output=True, text=True)
+        [sys.executable, "synth.py", *SMALL, f"data={tmp_path / 'data'}", "synth.shards={tasks: 1}",
+         "synth.engine=python:extras.voices:speak", "synth.noise.share=0", "synth.tasks={speaker: 1.0}"],
+        cwd=ROOT, env=os.environ | {"VOICES_MODEL": vits, "VOICES_FILE": str(file)},
+        capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path = tmp_path / "data/tasks/train-000000.tar"
     index = synth.read_index(path)
