@@ -35,8 +35,8 @@ import synth
 from synth import UserError
 
 ROLE_OF = {"human": "user", "gpt": "assistant"}          # ShareGPT's names; it has "system" too
-# The builder of the package datasets for each kind of table. More than a hundred batches of Parquet are read ahead:
-# small ones, or a file would be held in memory. "NA" and "null" are words, no missing values.
+# The builder of the package datasets for each kind of table. It reads more than a hundred batches of Parquet
+# ahead: small ones, or files would be held whole. "NA" and "null" are words, no missing values.
 TABLES = {"parquet": ("parquet", {"batch_size": 100}),
           "csv": ("csv", {"keep_default_na": False}),
           "tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"})}

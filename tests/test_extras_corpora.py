@@ -148,15 +148,15 @@ print(pyarrow.default_memory_pool().max_memory())
 
 
 def test_rows_are_streamed(folder):
-    """A file with 200 MB of text in it never takes half of that; in a process of its own, which counts it."""
-    texts = [f"{number} " + f"the ball {number} is in the old garden. " * 26 for number in range(200_000)]
+    """A file with 100 MB of text never takes all of that; in a process of its own, for Arrow counts it."""
+    texts = [f"{number} " + f"the ball {number} is in the old garden. " * 27 for number in range(100_000)]
     parquet.write_table(pyarrow.table({"text": texts}), folder / "large.parquet", row_group_size=10_000)
     done = subprocess.run([sys.executable, "-c", LARGE, Path(corpora.__file__).parent], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("200000 documents are written to large.jsonl, 0 other rows")
-    assert (folder / "large.jsonl").stat().st_size > 200_000_000
-    assert int(done.stdout.splitlines()[-1]) < 100_000_000
+    assert done.stdout.startswith("100000 documents are written to large.jsonl, 0 other rows")
+    assert (folder / "large.jsonl").stat().st_size > 100_000_000
+    assert int(done.stdout.splitlines()[-1]) < 75_000_000
 
 
 def test_as_many_documents_as_wanted(folder):
@@ -164,7 +164,7 @@ def test_as_many_documents_as_wanted(folder):
     texts = {"text": [None, *(f"{number} the ball is red." for number in range(100_000))]}
     parquet.write_table(pyarrow.table(texts), folder / "a.parquet", row_group_size=5000)
     done = subprocess.run([sys.executable, corpora.__file__, "from=a.parquet", "documents=7"],
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("7 documents are written to corpus.jsonl, 1 other rows")
     assert [document["text"][0] for document in synth.read_documents("corpus.jsonl")] == list("0123456")

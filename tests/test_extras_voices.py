@@ -72,7 +72,7 @@ def test_clips_repeat_by_seed_and_are_trimmed(vits):
 
 
 def test_a_batch_says_what_each_text_says_alone(vits, monkeypatch):
-    """Without noise a clip is the same alone and in a batch, but for its end, where the model sees padding."""
+    """Without noise a clip is the same alone and in a batch, but at its end, where the model sees padding."""
     _, model = voices.load(vits)
     monkeypatch.setattr(model, "noise_scale", 0.0)
     monkeypatch.setattr(model, "noise_scale_duration", 0.0)
