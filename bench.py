@@ -741,7 +741,7 @@ def check_unheard(c, spoken):
     timbres = synth.candidates("train", trained)
     for row in spoken:
         voice = row["voice"]
-        accented = row["condition"] == "accent" and voice["accent"] in trained.accents["en"]
+        accented = row["condition"] == "accent" and voice["accent"] in trained.accents.get(row["lang"], [])
         if accented or voice["timbre"] in timbres:
             raise UserError(f"{path.parent} was trained with {voice['id']}, in which the test speaks; give "
                             "the synth.held_out of that run, and other bench.accents.")

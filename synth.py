@@ -1375,7 +1375,7 @@ def run(main):
         if not names & EXPECTED or "debug=true" in sys.argv:
             raise
         sentence = " ".join(str(error).split())
-        if not isinstance(error, UserError):
+        if "UserError" not in names:
             sentence = f"{type(error).__name__}: {sentence.rstrip('.')}."
         print(sentence, file=sys.stderr, flush=True)
         sys.exit(2)
