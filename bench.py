@@ -29,6 +29,7 @@ Their fields; those with a star are needed to score other systems' answers:
     reference               a right answer; of a transcription the words
     voice, noise, variant   how the prompt is spoken
     response *, truncated   the answer, null where there is none; whether it ran into the limit
+    thought                 whether a block of thinking stood before the answer
     pred_score *            open, adjustment: the votes of a judge
     strict, loose           a verdict for each check or question: true, false, or null where none can be given
     withdrawn_strict        adjustment: the same for what the speaker took back
@@ -43,6 +44,7 @@ Run it:
 
 Names: `c` is all settings, `row` a dict of the fields above, `folder` a Path, `rng` a random.Random.
 """
+import codecs
 import collections
 import concurrent.futures
 import functools
@@ -85,16 +87,12 @@ def jsonl(rows):
 
 
 def read_jsonl(path):
-    """The values of a file's lines. UserError names the line that is no JSON, or has a field twice."""
-    def without_repeats(pairs):
-        if len(dict(pairs)) < len(pairs):          # json alone would keep the last and drop the others
-            raise ValueError("a field is named twice")
-        return dict(pairs)
-
+    """The values of a file's lines, empty ones left out. UserError names the line that is no JSON."""
     values = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(), 1):
         try:
-            values.append(json.loads(line, object_pairs_hook=without_repeats))
+            if line.strip():
+                values.append(json.loads(line))
         except ValueError as error:
             raise UserError(f"{path} line {number} is not JSON ({error}); mend or remove it.") from None
     return values
@@ -104,14 +102,32 @@ def read_rows(path, **known):
     """Read and check rows; `known` has fields of those that do not say them themselves."""
     rows = []
     for number, row in enumerate(read_jsonl(path), 1):
-        where = f"{path} line {number}"
+        where = f"{path} row {number}"
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f"{where} is a row without prompt; every row needs one.")
-        rows.append(known | row | {"mode": "spoken" if row.get("audio_path") else "typed"})
-        check_row(rows[-1], where)
+        row = known | row | {"mode": "spoken" if row.get("audio_path") else "typed"}
+        check_row(row, where)
+        if row.get("response"):
+            said = without_thinking(row["response"])
+            row |= {"thought": said != row["response"], "response": said}
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no rows; give a file with one JSON object per line.")
     return rows
+
+
+def without_thinking(response):
+    """What a response says after its thinking; nothing, where that does not end.
+
+    >>> without_thinking("<think>short?</think>\\nIt is red."), without_thinking("<think>Well, it is")
+    ('It is red.', '')
+    """
+    thoughts, said = re.fullmatch(THOUGHT, response).groups()
+    return said.strip() if thoughts else said
+
+
+THOUGHT = re.compile(r"(?is)(.*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷))?"
+                     r"(?:\s*(?:<(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷).*)?(.*)")
 
 
 def check_row(row, where):
@@ -142,26 +158,34 @@ CHINESE = "[\u4e00-\u9fff]"
 CHINESE_MARKS = "，。！？；：“”‘’（）—【】《》〈〉、·"
 
 
+LATIN = "A-Za-z0-9À-ɏ"
+STRAIGHT = str.maketrans("‘’‚“”„", "\'\'\'\"\"\"")
+
+
 def words_of(text):
-    """Lower-cased words without punctuation.
+    """Lower-cased words without punctuation; a Chinese character is a word.
 
     >>> words_of("P.S. It's RED!")
     ['p', 's', "it's", 'red']
     """
-    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
+    return re.findall(rf"{CHINESE}|[^\W_\u4e00-\u9fff]+(?:'[^\W_]+)*", text.lower())
+
+
+def plain(text):
+    """Lower-cased, with straight quotation marks and single spaces."""
+    return " ".join(text.lower().translate(STRAIGHT).split())
 
 
 def unmarked(text):
-    """Lower-cased, without any punctuation mark, English or Chinese."""
-    return text.strip().lower().translate(dict.fromkeys(map(ord, string.punctuation + CHINESE_MARKS)))
-
-
-def occurrences(word, text):
-    return text.lower().count(word.lower())
+    """Plain, without any punctuation mark, English or Chinese."""
+    marks = dict.fromkeys(map(ord, string.punctuation + CHINESE_MARKS))
+    return " ".join(plain(text).translate(marks).split())
 
 
 def has_word(text, word):
-    return re.search(rf"\b{re.escape(word)}\b", text, re.I) is not None
+    """Whether a text has a word; where it begins or ends with a Latin letter, not as a part of another."""
+    edges = rf"(?:(?<![{LATIN}])|(?![{LATIN}]))", rf"(?:(?![{LATIN}])|(?<![{LATIN}]))"
+    return re.search(re.escape(plain(word)).join(edges), plain(text)) is not None
 
 
 def compare(count, relation, limit):
@@ -189,18 +213,13 @@ def has_postscript(text, postscript_marker):
 
 
 def is_json(text):
-    """JSON, with or without a fence around it."""
+    """JSON, with or without a fence around it; NaN and Infinity are none."""
     fenced = re.fullmatch("(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?(.*?)(?:```)?", text.strip(), re.S)
     try:
-        json.loads(fenced[1].strip())
+        json.loads(fenced[1].strip(), parse_constant=int)
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def bullets(text):
-    """Lines that start with a single asterisk or a dash."""
-    return len(re.findall(r"^\s*\*[^*].*$", text, re.M)) + len(re.findall(r"^\s*-.*$", text, re.M))
 
 
 def highlights(text):
@@ -213,52 +232,61 @@ def highlights(text):
 
 
 def has_title(text):
-    """A text between << and >>, or between 《 and 》."""
-    titles = re.findall(r"<<[^\n]+>>", text.replace("《", "<<").replace("》", ">>"))
-    return any(title.lstrip("<").rstrip(">").strip() for title in titles)
+    """A line with a text between << and >>, or between 《 and 》."""
+    lines = [line.partition("<<")[2].rpartition(">>")[0]
+             for line in text.replace("《", "<<").replace("》", ">>").split("\n")]
+    return any(line.strip("<>").strip() for line in lines)
+
+
+def placeholders(text):
+    """How often an opening bracket is closed in its line."""
+    return sum(re.search(r"[\[【]", piece) is not None
+               for line in text.split("\n") for piece in re.split(r"[\]】]", line)[:-1])
 
 
 def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
-    """Paragraphs stand between empty lines; of one with Chinese in it the first word is a prefix."""
-    paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
-    if sum(map(bool, paragraphs)) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
-        return False
-    paragraph = paragraphs[nth_paragraph - 1]
-    if re.search(CHINESE, paragraph) or not paragraph:
-        return paragraph != "" and paragraph.startswith(first_word.lower())
-    word = paragraph.split()[0].lstrip("'").lstrip('"')
-    word = re.split("[.,?!'\"。，？！‘“”]", word)[0]
-    return word.lower() == first_word.lower()
+    """Paragraphs stand between empty lines."""
+    paragraphs = [plain(paragraph) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+    return (len(paragraphs) == num_paragraphs >= nth_paragraph > 0 and re.match(
+        rf"[\"']*{re.escape(plain(first_word))}(?![{LATIN}-])", paragraphs[nth_paragraph - 1]) is not None)
+
+
+def ends_with(text, end_phrase):
+    """Without regard to marks, but where the phrase is nothing else."""
+    if not unmarked(end_phrase):
+        return plain(text).endswith(plain(end_phrase))
+    return unmarked(text).endswith(unmarked(end_phrase))
 
 
 CHECKS = {
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
         compare(capital_words(text), capital_relation, capital_frequency),
-    "change_case:english_capital": lambda text: text.isupper() and language_of(text) == "en",
+    "change_case:english_capital": lambda text: text.isupper() and language_of(text.lower()) == "en",
     "change_case:english_lowercase": lambda text: text.islower() and language_of(text) == "en",
     "combination:repeat_prompt": lambda text, prompt_to_repeat:
-        text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+        plain(text).startswith(plain(prompt_to_repeat)),
     "combination:two_responses": two_responses,
     "detectable_content:number_placeholders": lambda text, num_placeholders:
-        len(re.findall(r"[\[【].*?[\]】]", text)) >= num_placeholders,
+        placeholders(text) >= num_placeholders,
     "detectable_content:postscript": has_postscript,
     "detectable_format:constrained_response": lambda text: any(option in text for option in OPTIONS),
     "detectable_format:json_format": is_json,
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
         len(re.findall(rf"{re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections,
-    "detectable_format:number_bullet_lists": lambda text, num_bullets: bullets(text) == num_bullets,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets:
+        len(re.findall(r"^[^\S\n]*[*-][^\S\n]+\S", text, re.M)) == num_bullets,
     "detectable_format:number_highlighted_sections": lambda text, num_highlights:
         highlights(text) >= num_highlights,
     "detectable_format:title": has_title,
-    "keywords:existence": lambda text, keywords: all(occurrences(word, text) for word in keywords),
-    "keywords:forbidden_words": lambda text, forbidden_words:        # \b knows no Chinese words
-        not any(word in text or has_word(text, word) for word in forbidden_words),
+    "keywords:existence": lambda text, keywords: all(plain(word) in plain(text) for word in keywords),
+    "keywords:forbidden_words": lambda text, forbidden_words:
+        not any(has_word(text, word) for word in forbidden_words),
     "keywords:frequency": lambda text, keyword, frequency, relation:
-        compare(occurrences(keyword.strip(), text), relation, frequency),
+        compare(plain(text).count(plain(keyword)), relation, frequency),
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
-        compare(occurrences(letter, text), let_relation, let_frequency),
+        compare(plain(text).count(letter.lower()), let_relation, let_frequency),
     "language:response_language": lambda text, language:
-        (language_of(text) or "").startswith(language),               # Chinese is zh-cn and zh-tw
+        (language_of(text.lower()) or "").startswith(language),       # Chinese is zh-cn and zh-tw
     "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
     "length_constraints:number_paragraphs": lambda text, num_paragraphs:
         len(texts_between("***", text)) == num_paragraphs,
@@ -267,7 +295,7 @@ CHECKS = {
     "length_constraints:number_words": lambda text, relation, num_words:
         compare(word_count(text), relation, num_words),
     "punctuation:no_comma": lambda text: "," not in text and "，" not in text,
-    "startend:end_checker": lambda text, end_phrase: unmarked(text).endswith(unmarked(end_phrase)),
+    "startend:end_checker": ends_with,
     "startend:quotation": lambda text: re.fullmatch(r'\s*["“].*["”]\s*', text, re.S) is not None,
 }
 
@@ -293,8 +321,6 @@ def answers_with(text, kind, words):
 TINY = CHECKS | {
     "change_case:english_capital": str.isupper,
     "change_case:english_lowercase": str.islower,
-    "keywords:forbidden_words": lambda text, forbidden_words:
-        not any(has_word(text, word) for word in forbidden_words),
     "tiny:answer": answers_with,
 }
 
@@ -328,14 +354,14 @@ WORD_GAP = re.compile(r"""[\s;@#$%&*?!()\[\]{}<>"“”‘’„«»`]+|--+|\.{2
 
 
 def sentence_count(text):
-    """Sentences: between 。！ and ？ as soon as one character is Chinese, else by `ends_sentence`.
+    """Sentences: of a Chinese text between 。！ and ？, else by `ends_sentence`.
 
     >>> sentence_count("Dr. Mo is in. Is he? Yes, since 3.5 hours.")
     3
     """
-    if re.search(CHINESE, text):
+    if is_chinese(text):
         return sum(piece.strip() != "" for piece in re.split("[。！？]", text))
-    text = text.strip()
+    text = re.sub(r"([^\w\s]{20})[^\w\s]+", r"\1", text.strip())           # endless marks take endless time
     return bool(text) + sum(map(ends_sentence, SENTENCE_MARK.finditer(text)))
 
 
@@ -355,9 +381,14 @@ def ends_sentence(mark):
     return not (re.fullmatch(r"[\d.,-]+", word) and after[:1].islower())
 
 
+def is_chinese(text):
+    """Whether a text has more Chinese characters than words in Latin letters."""
+    return len(re.findall(CHINESE, text)) > len(re.findall(f"[{LATIN}]+", text))
+
+
 def word_count(text):
-    """Words, or Chinese characters as soon as there is one."""
-    return len(re.findall(CHINESE, text)) or len(re.findall(r"\w+", text))
+    """Words, or the characters of a Chinese text."""
+    return len(re.findall(CHINESE if is_chinese(text) else r"\w+", text))
 
 
 def capital_words(text):
@@ -384,7 +415,6 @@ def language_of(text):
 # --------------------------------------------------------------------------------------------------
 
 
-
 def follows(response, checks):
     """A verdict for each of the `checks`: a row, or a part of one with `instruction_id_list` and `kwargs`.
 
@@ -401,8 +431,10 @@ def follows(response, checks):
         responses = [each for each in response.split("******") if each.strip()] or [response]
     followed = []
     for name, arguments in zip(names, checks["kwargs"], strict=True):
-        # the official files give every check the names of all arguments, most of them null
-        arguments = {key: value for key, value in arguments.items() if value is not None}
+        # the official files give every check the names of all arguments, most of them null; tables make null
+        # to NaN, and 3 to 3.0
+        arguments = {key: int(value) if isinstance(value, float) else value
+                     for key, value in arguments.items() if value is not None and value == value}
         texts = responses if name.startswith("tiny:") else [response]
         found = [known[name](text, **arguments) for text in texts]
         followed.append(None if None in found else all(found) and response.strip() != "")
@@ -439,13 +471,13 @@ def strict_and_loose(response, checks):
 
 
 def vote_of(reply, count):
-    """A judge's reply as a verdict for each of `count` questions; None if it is malformed.
+    """The last list in a judge's reply as a verdict for each of `count` questions; None if it is malformed.
 
-    >>> vote_of('["YES", "no"]', 2), vote_of('["YES"]', 2), vote_of("I would say YES", 1)
+    >>> vote_of('My verdict: ["YES", "no"]', 2), vote_of('["YES"]', 2), vote_of("I would say YES", 1)
     ([True, False], None, None)
     """
-    listed = re.fullmatch(r"""(?:```\w*)?\s*\[([\s"',A-Z]*)\]\s*(?:```)?""", reply.strip().upper())
-    words = re.findall("[A-Z]+", listed[1]) if listed else []
+    lists = re.findall(r"""\[[\s"',A-Z]*\]""", without_thinking(reply).upper())
+    words = re.findall("[A-Z]+", lists[-1]) if lists else []
     if len(words) != count or not set(words) <= {"YES", "NO"}:
         return None
     return [word == "YES" for word in words]
@@ -686,11 +718,11 @@ def draw_tasks(draw, count, rng):
     """Draw `count` different test instructions, the kinds in turn. UserError where the world has fewer."""
     tasks = {}
     for _ in range(20_000):
+        if len(tasks) == count:
+            return list(tasks.values())
         kind = synth.CLOSED[len(tasks) % len(synth.CLOSED)]
         task = draw(rng, "test", [kind])
         tasks.setdefault(" ".join(words_of(task["prompt"])), task)
-        if len(tasks) == count:
-            return list(tasks.values())
     raise UserError(f"The tiny world does not have {count} different test prompts; lower bench.rows or "
                     "bench.adjustment_rows.")
 
@@ -906,25 +938,18 @@ holds nothing by which the question could be decided. Reply with a list of {coun
 like ["YES", "NO"]."""
 
 
+# What begins a line, or a mark by which a chat template ends the user's turn: <|im_end|>, </s>, [/INST].
+MARK = re.compile(r"<|[^\S ]|\[(?=/?[A-Z_]{3,}\])")
+
+
 def judge_text(row):
     """What a judge is asked about a row. Prompt and answer are JSON strings, each on one line: so an answer
     cannot end itself and go on as if it were the judge's task."""
     questions = questions_of(row)
     listed = "\n".join(f"{n}. {question}" for n, question in enumerate(questions, 1))
-    return JUDGE.format(count=len(questions), questions=listed, prompt=quoted(row["prompt"]),
-                        answer=quoted(row["response"]))
-
-
-def quoted(text):
-    """A text as JSON on one line, line separators beyond ASCII's escaped too, and what begins a mark by which
-    a chat template ends the user's turn: <|im_end|>, </s>, [/INST].
-
-    >>> print(quoted("tea\\n\\u2028<b> [/INST] [tea]"))
-    "tea\\n\\u2028\\u003cb> \\u005b/INST] [tea]"
-    """
-    data = json.dumps(text, ensure_ascii=False).replace("<", "\\u003c")
-    data = re.sub(r"\[(?=/?[A-Z_]{3,}\])", r"\\u005b", data)
-    return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in data)
+    quoted = {name: re.sub(MARK, lambda sign: f"\\u{ord(sign[0]):04x}", json.dumps(text, ensure_ascii=False))
+              for name, text in (("prompt", row["prompt"]), ("answer", row["response"]))}
+    return JUDGE.format(count=len(questions), questions=listed, **quoted)
 
 
 def judge_rows(c, path, rows):
@@ -1016,17 +1041,18 @@ def score(c, prefix, rows, about):
     shown = [line for line in lines if line["figure"] in (SHOWN_OF_TINY if is_tiny else SHOWN)]
     counts = {
         "missing": sum(row.get("response") is None for row in rows),
+        "after thinking": sum(row.get("thought", False) for row in rows),
         "truncated": sum(row.get("truncated", False) for row in rows),
         "malformed votes": sum(row.get("malformed", 0) for row in scored),
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     about |= {"judge": c.judge, "bootstrap": c.bench.bootstrap} | versions | counts | {"figures": lines}
-    synth.write_whole(Path(f"{prefix}scored.jsonl"), jsonl(scored))
-    synth.write_whole(Path(f"{prefix}results.json"), json.dumps(about, indent=1).encode())
     if is_tiny:
         print(WARNING)
     print_results(shown)
     print(", ".join(f"{name}: {count}" for name, count in counts.items()))
+    synth.write_whole(Path(f"{prefix}scored.jsonl"), jsonl(scored))
+    synth.write_whole(Path(f"{prefix}results.json"), json.dumps(about, indent=1).encode())
     return scored, shown
 
 
@@ -1035,6 +1061,9 @@ def score_files(c):
     known = {"suite": c.suite, "condition": "standard", "lang": "en"}
     names = c.score.split(",")
     files = [read_rows(Path(name), **known) for name in names]
+    for name, rows in zip(names, files):
+        if not any(isinstance(row.get("response"), str) for row in rows):
+            raise UserError(f"No row of {name} has a response; rename the field that has the answers.")
     scored = [score(c, f"{name}.", rows, {"file": name})[0] for name, rows in zip(names, files)]
     if len(scored) == 2:
         print_results(list(comparison(*scored, c.bench.bootstrap)))

@@ -62,7 +62,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2AudioConfig
 from transformers.audio_utils import mel_filter_bank
 
@@ -282,9 +281,9 @@ def slot_of(waveform, mels):
 
     waveform: (samples,) float32 at 16 kHz. UserError where the encoder cannot hear it -> (P, mels)
     """
-    if not audio_positions(len(waveform)) or len(waveform) > LONGEST:
+    if not audio_positions(len(waveform)) or len(waveform) > LONGEST or not waveform.isfinite().all():
         raise UserError(f"A clip of {len(waveform) / RATE:.3f} s cannot be heard: clips last from 0.021 to "
-                        "30 s; drop it, or cut it into shorter ones.")
+                        "30 s, and every sample is a number; drop it, or cut it into shorter ones.")
     mel = log_mel(waveform, mels)
     rows = slot_rows(math.ceil(len(waveform) / HOP))
     return F.pad(mel, (0, 0, 1, rows - 1 - len(mel)))
@@ -1373,7 +1372,8 @@ def load_run(c):
 
 def ask(c):
     """The answer to a sound file, or to a text that is the name of none."""
-    is_sound = os.path.isfile(c.ask) or re.search(r"\.(wav|flac|ogg|mp3)$", c.ask, re.I)
+    sound = r".*\.(wave?|flac|ogg|opus|mp3|m4a|aac|aiff?|webm)"
+    is_sound = os.path.isfile(c.ask) or re.fullmatch(sound, c.ask, re.I)
     model, tok = load_run(c)
     question = load_audio(c.ask) if is_sound else c.ask
     (text, _), = answer(model, tok, [question], max_tokens=1000, batch=1)
@@ -1636,13 +1636,11 @@ def start_group():
 
 def describe(model):
     """What is trained, where and by which attention."""
-    ways = []
-    for name, module in (("encoder", model.audio_tower), ("LLM", model.language_model)):
-        way = "fused" if uses_kernel(device_here(), module.head_size) else "plain"
-        ways.append(f"{name} {way} (heads of {module.head_size})")
+    ways = ["fused" if uses_kernel(device_here(), module.head_size) else "plain"
+            for module in (model.audio_tower, model.language_model)]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    where = f"{rank_and_world()[1]} x {device_here().type}"
-    return f"{millions:.1f} M parameters on {where}, attention: {', '.join(ways)}"
+    return (f"{millions:.1f} M parameters on {rank_and_world()[1]} x {device_here().type}; attention: "
+            f"{ways[0]} in the encoder, {ways[1]} in the LLM")
 
 
 def rank_and_world():
@@ -1687,10 +1685,9 @@ def from_rank_0(thing):
 
 
 def say(line):
-    """Print a line above the progress bar, on rank 0."""
+    """Print a line on rank 0."""
     if rank_and_world()[0] == 0:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        print(line, flush=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -111,11 +111,13 @@ class UserError(Exception):
 # --------------------------------------------------------------------------------------------------
 
 # One Chinese character is one word; "it's", "3.50" and "well-known" are one word each. Vowel signs and
-# accents that are characters of their own (as in Hindi) stand inside a word.
-MARKS = "".join(chr(i) for i in range(0x300, 0xb000) if unicodedata.category(chr(i)) in ("Mn", "Mc"))
+# accents that are characters of their own (as in Hindi), and joiners, stand inside a word.
+MARKS = "\u200c\u200d"
+MARKS += "".join(chr(i) for i in range(0x300, 0xb000) if unicodedata.category(chr(i)) in ("Mn", "Mc"))
 LETTERS = f"[^\\W_\u3400-\u9fff]+(?:[{MARKS}]+[^\\W_\u3400-\u9fff]*)*"
 WORD = re.compile(f"[\u3400-\u9fff]|{LETTERS}(?:['’.-]{LETTERS})*")
-SENTENCE_END = re.compile(r"(?:[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n+)")
+# A line that goes on in small letters was broken to fit a page.
+SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n(?:\n+|(?![a-zß-ÿ]))")
 FILLED = re.compile(r"\S(?:.*\S)?", re.S)               # what is left without the outer white space
 
 
@@ -342,7 +344,7 @@ def tasks(document, settings, rng, voice_for):
         if rng.random() < 0.7:
             start, end = sorted(rng.sample(cuts, 2))
         task = rng.choices(list(settings.tasks), list(settings.tasks.values()))[0]
-        words = text[start:end].rstrip(" ,")
+        words = " ".join(text[start:end].split()).rstrip(" ,")
         heard, = splice(words, [(0, len(words))], False, voice_for)
         answer = TASKS[task]["answer"](words, heard.get("voice", {}))
         if answer is None:
@@ -658,9 +660,11 @@ def load_engine(name):
 # What may be spoken, and the way from waveform to file. The gate tells the clips that are unfit to train on.
 # --------------------------------------------------------------------------------------------------
 
-# URLs, mail addresses, markup, paths, code; and, by language, letters that the voice cannot read.
+# URLs, mail addresses, markup, paths, code, symbols, emoji; and, by language, letters that the voice cannot
+# read.
 UNSPEAKABLE = re.compile(r"https?:|www\.|\S@\S+\.\w|[{}<>\[\]\\|_^~`=#*]|\w/\w+/|\w\(\)|::|\s--\w|&\w+;"
-                         r"|\w\.(com|org|net|py|txt|html?)\b", re.I)
+                         r"|\w\.(com|org|net|py|txt|html?)\b"
+                         r"|[©®°™←-⯿\ue000-\uf8ff\ufe0f\U00010000-\U0010ffff]", re.I)
 FOREIGN = {"en": re.compile("[^\\W\\d_A-Za-zÀ-ɏ]"), "zh": re.compile("[^\\W\\d_A-Za-zÀ-ɏ㐀-鿿豈-﫿]")}
 
 
@@ -743,6 +747,9 @@ def lay_noise(parts, settings, rng):
         part["noise"] = f"{kind} {snr:.0f} dB"
 
 
+FULL_SCALE = 4                    # 1 is full scale; resampling and loud recordings go a little beyond it
+
+
 def gate(waveform, text, limits):
     """None if the clip ((n,) float32, 16 kHz) is fit to train on, else the reason. Limits: min_rms (of full
     scale), max_clipped (share of samples), chars_per_second [low, high], max_seconds.
@@ -759,6 +766,8 @@ def gate(waveform, text, limits):
         return "too long"
     if not np.isfinite(waveform).all():
         return "not finite"
+    if np.abs(waveform).max() > FULL_SCALE:
+        return "beyond full scale"
     if np.sqrt(np.mean(waveform ** 2)) < limits.min_rms:
         return "silent"
     if np.mean(np.abs(waveform) >= 0.999) > limits.max_clipped:
@@ -863,16 +872,17 @@ def read_sample(path, number):
 #
 # One streaming pass cleans the documents, splits them by hash, cuts the long ones, and writes corpus shards
 # of k documents each: data/corpus/train-000000.jsonl. The built-in corpus is the tiny world (section 8);
-# others are globs of the user's files, read one after the other.
+# others are globs of the user's files, read one after the other. A line from which nothing can be learned is
+# left out and counted.
 # --------------------------------------------------------------------------------------------------
 
 CORPUS_KEYS = ("corpus", "seed", "documents", "held_out_documents", "held_out_share", "shard_documents",
                "max_document", "facts")
 
 
-def corpus_names(c):
-    """What synth.corpus lists: "tiny", or globs, as absolute paths."""
-    names = [name.strip() for name in c.synth.corpus.split(",")]
+def corpus_names(settings):
+    """What `corpus` lists: "tiny", or globs, as absolute paths."""
+    names = [name.strip() for name in settings.corpus.split(",")]
     return [name if name == "tiny" else os.path.abspath(name) for name in names]
 
 
@@ -884,13 +894,16 @@ def make_corpus(c):
     if not index.is_file():
         waiting = {"train": [], "dev": [], "test": []}
         shards = Counter()
+        documents = Counter()
+        left_out = Counter()
 
         def write(split):
             write_whole(folder / f"{split}-{shards[split]:06d}.jsonl", *waiting[split])
             waiting[split].clear()
             shards[split] += 1
 
-        for split, document in split_documents(c):
+        for split, document in split_documents(c, left_out):
+            documents[split] += 1
             for piece in cut_document(document, c.synth.max_document):
                 waiting[split].append(json.dumps(piece, ensure_ascii=False).encode() + b"\n")
                 if len(waiting[split]) == c.synth.shard_documents:
@@ -898,8 +911,12 @@ def make_corpus(c):
         for split in waiting:
             if waiting[split]:
                 write(split)
+        found = ", ".join(f"{documents[split]} for {split}" for split in waiting)
+        found += "".join(f"; {count} lines left out: {reason}" for reason, count in left_out.items())
         if not shards["train"]:
-            raise UserError(f"synth.corpus={c.synth.corpus!r} holds no text; check the files.")
+            raise UserError(f"synth.corpus={c.synth.corpus!r} holds no text to train on ({found}); check the "
+                            "files.")
+        print(f"corpus: {found}" + ("" if documents["dev"] else "; without dev there is no gap curve"))
         write_whole(index, json.dumps(shards).encode())
     return json.loads(index.read_text())
 
@@ -909,15 +926,22 @@ def keep_settings(c, folder, keys, begun):
     if any(folder.glob("[!.]*")) and not (folder / "settings.yaml").is_file():
         raise UserError(f"{folder} holds files that synth.py did not make; choose another folder with "
                         "data=….")
-    settings = c.synth | {"corpus": corpus_names(c), "seed": c.seed}
-    same_settings(folder / "settings.yaml", {key: settings[key] for key in keys}, begun=begun, remedy=(
-        "choose another folder with data=…, or make it anew with python synth.py fresh=true"))
+    settings = c.synth | {"seed": c.seed}
+    same_settings(
+        folder / "settings.yaml",
+        {key: settings[key] for key in keys},
+        remedy="choose another folder with data=…, or make it anew with python synth.py fresh=true",
+        shaping=lambda kept: kept | {"corpus": corpus_names(kept)},
+        begun=begun)
 
 
-def split_documents(c):
-    """The documents, each with its split: the tiny world's know theirs, others are divided by hash."""
+def split_documents(c, left_out):
+    """The documents, each with its split: the tiny world's know theirs, others are divided by hash.
+
+    left_out: counts the lines that are no document, by reason
+    """
     settings = c.synth
-    for name in corpus_names(c):
+    for name in corpus_names(settings):
         if name == "tiny":
             for split, count in (("train", settings.documents), ("dev", settings.held_out_documents)):
                 for document in tiny_world(c.seed, split, count, settings.facts):
@@ -928,55 +952,96 @@ def split_documents(c):
         if not paths:
             raise UserError(f"synth.corpus: {name!r} matches no file; give a glob such as "
                             "'books/*.txt', or tiny.")
-        for document in itertools.chain.from_iterable(map(read_documents, paths)):
+        for document in itertools.chain.from_iterable(read_documents(path, left_out) for path in paths):
             place = hash_share("\n".join(texts_of(document)))
             yield split_at(place, settings.held_out_share, settings.held_out_share), document
 
 
-def read_documents(path):
-    """Stream cleaned documents from *.jsonl or *.jsonl.gz (one a line) or *.txt (blank lines between them).
+def read_documents(path, left_out):
+    """Stream cleaned documents from *.jsonl or *.ndjson (one a line) or *.txt (blank lines between them).
 
-    Empty ones are left out. UserError names a file and line that is no document.
+    Each may be compressed, *.gz. Lines that are no document are counted in `left_out`, by reason, and the
+    first of each is printed. UserError: the file cannot be read
     """
-    opener = gzip.open if path.endswith(".gz") else open
-    number = 0
+    name = path.lower().removesuffix(".gz")
+    if not name.endswith((".txt", ".jsonl", ".ndjson")):
+        raise UserError(f"{path} is none of *.txt, *.jsonl and *.ndjson; extras/corpora.py converts others.")
+    opener = open if name == path.lower() else gzip.open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            rows = (json.loads(line) if line.strip() else {"text": ""} for line in file)
-            if path.endswith(".txt"):
-                rows = ({"text": "".join(lines)} for _, lines in itertools.groupby(file, str.isspace))
-            for number, document in enumerate(map(document_of, rows), 1):
+        with opener(path, "rt", encoding="utf-8-sig") as rows:
+            if name.endswith(".txt"):
+                paragraphs = itertools.groupby(rows, str.isspace)
+                rows = (json.dumps({"text": "".join(lines)}) for _, lines in paragraphs)
+            for number, row in enumerate(rows, 1):
+                try:
+                    document = document_of(json.loads(row)) if row.strip() else {"text": ""}
+                except (ValueError, TypeError, AttributeError) as error:
+                    known = type(error) is ValueError
+                    reason = str(error) if known else "no JSON object, or of another shape"
+                    if not left_out[reason]:
+                        print(f"{path}, line {number}, is left out: {reason}")
+                    left_out[reason] += 1
+                    continue
                 if any(texts_of(document)):
                     yield document
-    except (ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, zlib.error) as error:
-        raise UserError(f'{path}, line {number + 1}, is no document ({error!r}); it needs "text", or '
-                        f'"messages" [{{"role", "content"}}] with roles of {", ".join(ROLES)}.') from None
+    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read to its end ({error}); mend or remove it.") from None
+
+
+ROLE_OF = {"human": "user", "gpt": "assistant", "developer": "system"} | {role: role for role in ROLES}
 
 
 def document_of(row):
-    """The cleaned document of a line, without other keys. Raises an error of some kind if there is none.
+    """The cleaned document of a line, without other keys. ValueError says why there is none.
 
     >>> document_of({"text": "<b>5 &lt; 7</b>", "lang": "en", "url": "a.b"})
     {'text': '5 < 7', 'lang': 'en'}
     """
-    tidy = clean if not row.get("spoken") else str          # `spoken` counts characters
-    if row.get("messages"):
-        document = {"messages": [{"role": turn["role"], "content": tidy(turn["content"])}
-                                 for turn in row["messages"]]}
-        if not all(turn["role"] in ROLES for turn in row["messages"]):
-            raise ValueError("a role is unknown")
+    if any(row[key] for key in row if "audio" in key):
+        raise ValueError("it has sound, which extras/recordings.py reads")
+    spoken = row.get("spoken")                              # counts characters, so nothing is cleaned
+    turns = row.get("messages") or row.get("conversations")
+    if turns:
+        document = {"messages": messages_of(turns, str if spoken else clean)}
+    elif isinstance(row.get("text"), str):
+        document = {"text": row["text"] if spoken else clean(without_markup(row["text"]))}
     else:
-        document = {"text": tidy(row["text"])}
+        raise ValueError("it has no text and no messages")
     if row.get("lang"):
-        document["lang"] = row["lang"].strip()
-    if row.get("spoken"):
-        start, end = row["spoken"]
+        document["lang"] = clean(str(row["lang"]))
+    if spoken:
+        start, end = spoken
         if not 0 <= start < end:
             raise ValueError("spoken is no range of characters")
         document["spoken"] = [start, end]
     if row.get("endless"):
         document["endless"] = True
     return document
+
+
+def messages_of(turns, tidy):
+    """The messages of a dialogue, as OpenAI-compatible servers and ShareGPT's exports write them.
+
+    ValueError: a turn is no text, or of a tool, so that nothing can be learned from the dialogue
+
+    >>> turns = [{"from": "human", "value": "hi "}, {"role": "assistant", "content": [{"text": "hello"}]}]
+    >>> messages_of(turns, clean)
+    [{'role': 'user', 'content': 'hi'}, {'role': 'assistant', 'content': 'hello'}]
+    """
+    messages = []
+    for turn in turns:
+        role = ROLE_OF.get(turn.get("role") or turn.get("from"))
+        content = turn.get("content") or turn.get("value")
+        if isinstance(content, list):
+            content = "\n".join(part.get("text") for part in content)       # a TypeError, if one is no text
+        if role is None:
+            raise ValueError("a turn is neither the system's, the user's nor the assistant's")
+        content = tidy(content or "")
+        if content:
+            messages.append({"role": role, "content": content})
+        elif role != "system":
+            raise ValueError("a turn says nothing")
+    return messages
 
 
 def texts_of(document):
@@ -986,17 +1051,37 @@ def texts_of(document):
 
 
 def clean(text):
-    """Keep the text, drop tags, character references and control characters.
+    """Keep what can be seen: no control characters, signs without width or white space at a line's end.
 
-    >>> clean("<p>5 &lt; 7,\\x00 a < b &amp; c</p>")
-    '5 < 7, a < b & c'
+    >>> clean("soft\\xadly \\r\\n a < b")
+    'softly\\n a < b'
     """
-    text = text.replace("\r\n", "\n")
-    text = re.sub(r"(?is)<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-z][^<>]*>", "", text)
-    text = html.unescape(text).replace("\xa0", " ")
-    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufeff\ufffd]", "", text)
-    text = re.sub(r"[^\S\n]*\n", "\n", text)
+    text = "\n".join(line.rstrip() for line in text.splitlines()).replace("\xa0", " ")
+    text = re.sub(INVISIBLE, "", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+# Joiners count between other letters than Latin ones.
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+                       "\ud800-\udfff\ufeff\ufffd]|(?<=[ -\u024f])[\u200c\u200d](?=[ -\u024f])")
+COMMENT = re.compile(r"(?is)<!--(?:(?!<!--).)*?-->|<(script|style)\b(?:(?!<\1\b).)*?</\1\s*>")
+ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
+INLINE = re.compile(r"(?i)</?(?:a|abbr|b|big|cite|code|em|font|i|img|ins|kbd|mark|q|s|samp|small|span|strike"
+                    r"|strong|sub|sup|tt|u|var|wbr)\b" + ATTRIBUTES)
+BLOCK = re.compile(r"(?i)</?(?:article|aside|blockquote|body|br|center|d[dlt]|div|figure|footer|form|h[1-6]"
+                   r"|head|header|hr|html|[ou]l|li|main|nav|p|pre|section|t[dhr]|table|tbody|thead|title)\b"
+                   + ATTRIBUTES)
+REFERENCE = re.compile(r"&#?\w+;")
+
+
+def without_markup(text):
+    """Drop HTML's own tags, and resolve character references; tags of blocks and lines become line breaks.
+
+    >>> without_markup("<p>5 &lt; 7</p>, vector<int> v"), without_markup("if a<b and c>d")
+    ('\\n5 < 7\\n, vector<int> v', 'if a<b and c>d')
+    """
+    text = re.sub(BLOCK, "\n", re.sub(INLINE, "", re.sub(COMMENT, "", text)))
+    return re.sub(REFERENCE, lambda reference: html.unescape(reference[0]), text)
 
 
 def cut_document(document, most):
@@ -1047,9 +1132,14 @@ CLIPS_AT_ONCE = 32                # clips that an engine speaks in one call, and
 GOLDEN = (5 ** 0.5 - 1) / 2       # its multiples, modulo 1, lie evenly however many they are
 
 
-def plan_shard(c, recipe, split, number):
-    """The samples of corpus shard `number`; their speech parts have a voice, a dict, and no clip yet."""
+def plan_shard(c, recipe, split, number, counts):
+    """The samples of corpus shard `number`; their speech parts have a voice, a dict, and no clip yet.
+
+    What would be too long a clip at the fastest pace stays text, and so does what no voice can say; `counts`
+    counts the languages without a voice.
+    """
     choices = candidates(split, c.synth)
+    longest = c.synth.gate.max_seconds * c.synth.gate.chars_per_second[1]
     samples = []
     lines = (Path(c.data) / "corpus" / f"{split}-{number:06d}.jsonl").read_bytes().splitlines()
     for place, document in enumerate(map(json.loads, lines)):
@@ -1057,7 +1147,11 @@ def plan_shard(c, recipe, split, number):
         rng = Random(f"{c.seed} {recipe} {split} {number} {place}")
 
         def voice_for(words):
-            return draw_voice(rng, choices, c.synth, lang) if speakable(words, lang) else None
+            if len(words) > longest or not speakable(words, lang):
+                return None
+            voice = draw_voice(rng, choices, c.synth, lang)
+            counts[f"rejected: no voice for {lang}"] += voice is None
+            return voice
 
         for sample in RECIPES[recipe](document, c.synth, rng, voice_for):
             name = f"{recipe}-{split}-{number:06d}-{len(samples):06d}"
@@ -1069,11 +1163,12 @@ def plan_shard(c, recipe, split, number):
 
 def make_shard(c, recipe, split, number):
     """Make one shard: plan its samples, speak them, write them."""
-    samples = plan_shard(c, recipe, split, number)
+    counts = Counter()
+    samples = plan_shard(c, recipe, split, number, counts)
     spoken = [part for sample in samples for parts in parts_of(sample) for part in parts
               if part["role"] == "speech"]
     noise = c.synth.noise if recipe in c.synth.noise.recipes else None
-    counts = Counter(samples=len(samples))
+    counts["samples"] = len(samples)
     for start in range(0, len(spoken), CLIPS_AT_ONCE):
         seed = int(hash_share(f"{c.seed} {recipe} {split} {number} {start}") * 2 ** 31)
         counts += speak(spoken[start:start + CLIPS_AT_ONCE], c.synth, noise, seed)
@@ -1102,7 +1197,7 @@ def speak(parts, settings, noise, seed):
     counts = Counter()
     fit = []
     for part, waveform in zip(parts, waveforms, strict=True):
-        part["waveform"] = to_16k(np.asarray(waveform, np.float32), rate)
+        part["waveform"] = to_16k(np.asarray(waveform, np.float32).squeeze(), rate)
         part["voice"] = part["voice"]["id"]
         reason = gate(part["waveform"], part["text"], settings.gate)
         counts[f"rejected: {reason}" if reason else "clips"] += 1
@@ -1309,13 +1404,26 @@ def as_settings(value):
     return Settings({k: as_settings(v) for k, v in value.items()}) if isinstance(value, dict) else value
 
 
+POSITIVE = re.compile(r"model\..*|synth\.workers|.*\.(shard_documents|max_document|max_seconds|pack_length|clip"
+                      r"|packs|packs_at_once|loss_chunk|keep_states|batch|max_tokens|bootstrap|votes"
+                      r"|requests)")
+
+
 def check_config(c):
-    """Refuse settings that contradict each other."""
+    """Refuse numbers that mean nothing (0 is "none" or "never"), and settings that contradict each other."""
+    for key, value in dotted(c).items():
+        for number in value if isinstance(value, list) else [value]:
+            if type(number) in (int, float) and not key.endswith("snr"):
+                above = POSITIVE.fullmatch(key)
+                if not (number > 0 if above else number >= 0):
+                    raise UserError(f"{key}={value} must be {'above 0' if above else '0 or more'}.")
     settings = c.synth
+    audio, text = c.model.audio, c.model.text
     numbers = re.fullmatch(r"(\d+)/(\d+)", c.shard or "0/1")
     wrong = {
-        "synth.share must be from 0 to 1": not 0 <= settings.share <= 1,
+        "synth.share must be from 0 to 1": settings.share > 1,
         "synth.min_words must be from 1 to max_words": not 1 <= settings.min_words <= settings.max_words,
+        "synth.gate.max_seconds must be at most 30, Whisper's window": settings.gate.max_seconds > 30,
         f"run={c.run!r} must be a plain folder name": not re.fullmatch(r"[^\W_][\w.-]*", c.run),
         f"shard={c.shard!r} must be i/n with i below n": not numbers or int(numbers[1]) >= int(numbers[2]),
         "synth.level must be word or sentence": settings.level not in ("word", "sentence"),
@@ -1323,9 +1431,18 @@ def check_config(c):
         f"synth.noise.recipes may have {', '.join(RECIPES)}": not set(settings.noise.recipes) <= set(RECIPES),
         "train.precision must be auto, float32 or bfloat16":
             c.train.precision not in ("auto", "float32", "bfloat16"),
+        "model.audio.d_model must be even and a multiple of encoder_attention_heads":
+            audio.d_model % 2 or audio.d_model % audio.encoder_attention_heads,
+        "model.audio.max_source_positions must be 1500 or more": audio.max_source_positions < 1500,
+        "model.text.hidden_size must be a multiple of 2 x num_attention_heads":
+            text.hidden_size % (2 * text.num_attention_heads),
+        "model.text.num_attention_heads must be a multiple of num_key_value_heads":
+            text.num_attention_heads % text.num_key_value_heads,
+        "model.text.vocab_size must be 262 or more: bytes and marks": text.vocab_size < 262,
     }
     for name, stage in c.train.stages.items():
         wrong[f"stage {name}: optimizer must be adamw or muon"] = stage.optimizer not in ("adamw", "muon")
+        wrong[f"stage {name}: mix gives no recipe a share"] = not any(stage.mix.values())
     for name in settings.shards:
         near = nearest(name, RECIPES)
         wrong[f"synth.shards has {name!r}; the nearest recipe is {near}"] = name != near
@@ -1344,13 +1461,15 @@ def same_settings(path, now, remedy, shaping=lambda settings: settings, begun=Tr
     shaping: takes settings and returns what of them counts; begun: false while nothing has been made yet, so
     that a slip (a glob that matches nothing) can be put right.
     """
-    if begun and path.is_file():
-        before = yaml.safe_load(path.read_text("utf-8"))
+    plain = json.loads(json.dumps(now))                     # YAML writes no Settings
+    before = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else None
+    if before == plain:                                     # the folder may be read-only
+        return
+    if begun and before:
         before, after = (dotted(shaping(as_settings(settings))) for settings in (before, now))
         differ = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
         if differ:
             raise UserError(f"{path.parent} was made with other settings ({', '.join(differ)}); {remedy}.")
-    plain = json.loads(json.dumps(now))                     # YAML writes no Settings
     write_whole(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
 
 
@@ -1557,9 +1676,8 @@ def instruction(kind, x, words, constraint, value, rng):
     prompt = ask
     if how:
         prompt = f"{ask}, {how}" if rng.random() < 0.7 else f"{how}, {ask}"
-    check, arguments = content_check(kind, x, words)
-    ids = [check]
-    kwargs = [arguments]
+    ids = ["tiny:answer"]                                   # the content is one more verifiable instruction
+    kwargs = [{"kind": kind, "words": words}]
     if "id" in rule:
         ids.insert(0, rule["id"])
         kwargs.insert(0, rule["values"][value])
@@ -1593,16 +1711,6 @@ def constrained(plain, words, form, value):
         bullets="\n".join(f"* {word}" for word in words))
 
 
-def content_check(kind, x, words):
-    """The rule for the content, in the form of one more verifiable instruction: (id, arguments)."""
-    if kind == "name":
-        count, group = x.split()
-        return "tiny:list", {"group": group, "count": NUMBERS.index(count)}
-    if kind == "tell":
-        return "tiny:facts", {"about": x}
-    return "tiny:answer", {"kind": kind, "words": words}
-
-
 def draw_adjustment(rng, split, kinds):
     """Draw an instruction whose speaker corrects himself: "count from two to five, no wait, from two to six".
 
@@ -1612,8 +1720,7 @@ def draw_adjustment(rng, split, kinds):
         new = draw_instruction(rng, split, kinds)
         kind = new["kind"]
         x, words = draw_arguments(kind, rng)
-        differs = content_check(kind, x, words) != (new["instruction_id_list"][-1], new["kwargs"][-1])
-        if differs and split_of(kind, x, new["constraint"]) in ("train", split):
+        if words != new["kwargs"][-1]["words"] and split_of(kind, x, new["constraint"]) in ("train", split):
             break
     old = instruction(kind=kind, x=x, words=words, constraint=new["constraint"], value=new["value"], rng=rng)
     prompt = f"{old['ask']}, {rng.choice(REPAIRS)}, {KINDS[kind]['again'].format(x=new['x'])}"

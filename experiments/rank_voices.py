@@ -33,7 +33,7 @@ BATCH = 16
 def draw_pieces(c: Settings) -> list[str]:
     """The first PIECES runs of WORDS words of the held-out documents of the settings' corpus."""
     words = []
-    for split, document in synth.split_documents(c):
+    for split, document in synth.split_documents(c, Counter()):
         if split == "dev":
             words += " ".join(synth.texts_of(document)).split()
         if len(words) >= PIECES * WORDS:

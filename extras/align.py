@@ -28,6 +28,7 @@ import itertools
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from random import Random
 
@@ -66,8 +67,8 @@ def question(text: str, start: int = 0) -> dict:
 def openings(c: Settings) -> Iterator[dict]:
     """What the model reads of the training documents of c.given: documents without a reply."""
     ask = synth.clean(c.ask)
-    corpus = Settings(c.synth | {"corpus": c.given})
-    for number, (split, document) in enumerate(synth.split_documents(Settings(c | {"synth": corpus}))):
+    given = Settings(c | {"synth": Settings(c.synth | {"corpus": c.given})})
+    for number, (split, document) in enumerate(synth.split_documents(given, Counter())):
         if split != "train":
             continue
         lang = {"lang": document["lang"]} if "lang" in document else {}

@@ -56,13 +56,15 @@ SIGNS = {
            ">": "closing angle bracket", "{": "curly bracket", "}": "closing curly bracket",
            "******": "six asterisks", "***": "three asterisks", "**": "two asterisks", "*": "asterisk",
            "```": "three backticks", "#": "hash", "_": "underscore", "&": "and", "@": "at", "+": "plus",
-           "=": "equals", "~": "tilde", "/": "or", "%": "percent", "e.g.": "for example", "i.e.": "that is"},
+           "=": "equals", "~": "tilde", "%": "percent", "e.g.": "for example", "i.e.": "that is"},
     "zh": {"<<": "双尖括号", ">>": "右双尖括号", "《》": "书名号", "{": "花括号", "}": "右花括号",
            "******": "六个星号", "***": "三个星号", "**": "两个星号", "*": "星号", "```": "三个反引号",
-           "#": "井号", "_": "下划线", "&": "和", "@": "艾特", "+": "加", "=": "等于", "/": "或", "%": "百分号"},
+           "#": "井号", "_": "下划线", "&": "和", "@": "艾特", "+": "加", "=": "等于", "%": "百分号"},
 }
 IN_BRACKETS = {"en": r"\1 in square brackets", "zh": r"方括号中的\1"}
 OR_MORE = {"en": "or more", "zh": "以上"}
+OR = {"en": " or ", "zh": "或"}
+PER = {"en": " per ", "zh": "每"}
 FILLERS = ["嗯，", "呃，", "那个，"]
 
 
@@ -81,6 +83,9 @@ def worded(text: str, lang: str) -> str:
     text = re.sub(r"\[([^][]{1,60})\]", IN_BRACKETS[lang], text)
     text = re.sub(r"(\d)\+(?!\d)", rf"\1 {OR_MORE[lang]}", text)
     text = re.sub(r"(?:https?://|www\.)[^\s\"'<>)\]]*[^\s\"'<>)\].,;:!?]", spelled, text)
+    text = re.sub(r"\b(and|和)/(?=or|或)", r"\1 ", text)
+    text = re.sub(r"(?<=\d)(\s?[^\W\d_]+)/(?=[^\W\d_])", rf"\1{PER[lang]}", text)        # 5 km/h
+    text = re.sub(r"(?<=[^\W\d_])/(?=[^\W\d_])", OR[lang], text)           # the voice reads a date's
     signs = sorted(SIGNS[lang], key=len, reverse=True)      # "***" before "*"
     text = re.sub("|".join(map(re.escape, signs)), lambda sign: f" {SIGNS[lang][sign[0]]} ", text)
     text = re.sub(r"[\"“”`^|\\]", " ", text)

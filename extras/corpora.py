@@ -1,8 +1,7 @@
 """Other people's files and data sets become a corpus that synth.py reads: one JSONL file.
 
-A row is a dialogue where it has "messages" [{"role", "content"}] or "conversations" [{"from", "value"}] (as
-ShareGPT's exports do), else a text where it has "text"; "lang", its language, is kept. Rows with none of
-them are left out and counted; so are dialogues with a turn of another role, or whose content is no text.
+A row's "text", "messages" [{"role", "content"}], "conversations" [{"from", "value"}] (as in ShareGPT's
+exports) and "lang" are kept as they are. Rows in which synth.py finds no document are left out and counted.
 
     from=                    rows of
     'chats/*.parquet'        Parquet files; also *.csv and *.tsv, whose first line names the columns
@@ -34,7 +33,6 @@ from tqdm import tqdm
 import synth
 from synth import UserError
 
-ROLE_OF = {"human": "user", "gpt": "assistant"}          # ShareGPT's names; it has "system" too
 # The builder of the package datasets for each kind of table. It reads more than a hundred batches of Parquet
 # ahead: small ones, or files would be held whole. "NA" and "null" are words, no missing values.
 TABLES = {"parquet": ("parquet", {"batch_size": 100}),
@@ -42,43 +40,18 @@ TABLES = {"parquet": ("parquet", {"batch_size": 100}),
           "tsv": ("csv", {"keep_default_na": False, "delimiter": "\t"})}
 
 
-def messages_of(turns: object) -> list[dict]:
-    """The messages of a dialogue, [] if one of its turns is none; a column that a turn lacks may be None.
-
-    >>> messages_of([{"from": "human", "value": "is it red", "role": None}])
-    [{'role': 'user', 'content': 'is it red'}]
-    """
-    messages = []
-    for turn in turns if isinstance(turns, list) else []:
-        if not isinstance(turn, dict):
-            return []
-        role = turn.get("role") or ROLE_OF.get(turn.get("from"), turn.get("from"))
-        content = turn.get("content") or turn.get("value")
-        if role not in synth.ROLES or not isinstance(content, str):
-            return []
-        messages.append({"role": role, "content": content})
-    return messages
-
-
 def document_of(row: object) -> dict | None:
-    """The document of a row, without other columns; None if there is none.
+    """What of a row synth.py reads, as it stands there; None if that finds no document in it.
 
     >>> document_of({"text": "es ist rot.", "messages": [], "lang": "de", "url": "a.b"})
     {'text': 'es ist rot.', 'lang': 'de'}
     """
-    if not isinstance(row, dict):
+    try:
+        document = synth.document_of(row)
+    except (AttributeError, TypeError, ValueError):
         return None
-    turns = row.get("messages") or row.get("conversations")
-    text = row.get("text")
-    if turns:
-        document = {"messages": messages_of(turns)}
-    else:
-        document = {"text": text.strip() if isinstance(text, str) else ""}
-    if not any(document.values()):
-        return None
-    if row.get("lang") and isinstance(row["lang"], str):
-        document["lang"] = row["lang"]
-    return document
+    kept = {key: row[key] for key in ("text", "messages", "conversations", "lang") if row.get(key)}
+    return kept if any(synth.texts_of(document)) else None
 
 
 def json_rows(path: str) -> Iterator[object]:

@@ -7,7 +7,9 @@ bench.py judges by what an instruction says. The official evaluator differs wher
 - It stops at a language that it does not list, "zh" for one, and at a keyword that is no regular expression:
   no verdict.
 - A text whose language cannot be told follows every instruction about its language.
-- Keywords and the names of sections are patterns: "d.y" is found in "day".
+- Keywords and the names of sections are patterns: "d.y" is found in "day", "so" in "also".
+- One Chinese character makes a text Chinese, "---" is a bullet, NaN is JSON, two empty lines make an empty
+  paragraph, and an end phrase of marks alone is found everywhere.
 - A row without an answer is left out, and is no failure.
 - Where a judge's votes are divided evenly, the first one decides.
 
@@ -29,6 +31,7 @@ import functools                                                      # noqa: E4
 import gzip                                                           # noqa: E402
 import json                                                           # noqa: E402
 import re                                                             # noqa: E402
+import string                                                         # noqa: E402
 from collections.abc import Callable                                  # noqa: E402
 from types import ModuleType                                          # noqa: E402
 
@@ -55,10 +58,10 @@ def punkt() -> ModuleType | None:
 
 
 def sentence_count(text: str) -> int:
-    """Sentences: of a text with Chinese in it as bench.py counts them, else by nltk's model."""
-    if punkt() is None or re.search(bench.CHINESE, text):
-        return bench.sentence_count(text)
-    return len(punkt().sent_tokenize(text))
+    """Sentences: of a text with Chinese in it between 。！ and ？, else by nltk's model."""
+    if re.search(bench.CHINESE, text):
+        return sum(piece.strip() != "" for piece in re.split("[。！？]", text))
+    return bench.sentence_count(text) if punkt() is None else len(punkt().sent_tokenize(text))
 
 
 def capital_words(text: str) -> int:
@@ -81,19 +84,60 @@ def is_language(text: str, languages: tuple[str, ...]) -> bool:
     return bench.language_of(text) in (*languages, None)
 
 
+def is_json(text: str) -> bool:
+    fenced = re.fullmatch("(?:```json)?(?:```Json)?(?:```JSON)?(?:```)?(.*?)(?:```)?", text.strip(), re.S)
+    try:
+        json.loads(fenced[1].strip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def bullets(text: str) -> int:
+    """Lines that start with a single asterisk or a dash."""
+    return len(re.findall(r"^\s*\*[^*].*$", text, re.M)) + len(re.findall(r"^\s*-.*$", text, re.M))
+
+
+def nth_paragraph_starts(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
+    """Of a paragraph with Chinese in it the first word is a prefix."""
+    paragraphs = [paragraph.strip() for paragraph in text.split("\n\n")]
+    if sum(map(bool, paragraphs)) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
+        return False
+    paragraph = paragraphs[nth_paragraph - 1]
+    if re.search(bench.CHINESE, paragraph) or not paragraph:
+        return paragraph != "" and paragraph.startswith(first_word.lower())
+    word = paragraph.split()[0].lstrip("'").lstrip('"')
+    return re.split("[.,?!'\"。，？！‘“”]", word)[0].lower() == first_word.lower()
+
+
+def unmarked(text: str) -> str:
+    """Lower-cased, without any punctuation mark, English or Chinese."""
+    return text.strip().lower().translate(dict.fromkeys(map(ord, string.punctuation + bench.CHINESE_MARKS)))
+
+
 DIFFERENT = {
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
         bench.compare(capital_words(text), capital_relation, capital_frequency),
     "change_case:english_capital": lambda text: text.isupper() and is_language(text, ("en",)),
     "change_case:english_lowercase": lambda text: text.islower() and is_language(text, ("en",)),
+    "combination:repeat_prompt": lambda text, prompt_to_repeat:
+        text.strip().lower().startswith(prompt_to_repeat.strip().lower()),
+    "detectable_format:json_format": is_json,
+    "detectable_format:number_bullet_lists": lambda text, num_bullets: bullets(text) == num_bullets,
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
         len(re.split(rf"\s?{section_spliter.strip()}\s?\d+\s?", text)) - 1 >= num_sections,
     "keywords:existence": lambda text, keywords: all(matches(word, text) for word in keywords),
+    "keywords:forbidden_words": lambda text, forbidden_words:
+        not any(word in text or matches(rf"\b{re.escape(word)}\b", text) for word in forbidden_words),
     "keywords:frequency": lambda text, keyword, frequency, relation:
         bench.compare(matches(keyword.strip(), text), relation, frequency),
     "language:response_language": lambda text, language: is_language(text, (language,)),
     "length_constraints:number_sentences": lambda text, relation, num_sentences:
         bench.compare(sentence_count(text), relation, num_sentences),
+    "length_constraints:number_words": lambda text, relation, num_words:
+        bench.compare(matches(bench.CHINESE, text) or matches(r"\w+", text), relation, num_words),
+    "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
+    "startend:end_checker": lambda text, end_phrase: unmarked(text).endswith(unmarked(end_phrase)),
 }
 
 

@@ -1,6 +1,7 @@
 """bench.py as specified: known answers, the tiny suite's splits and balance, figures, floors, bad input."""
 import json
 import random
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -382,8 +383,8 @@ GOOD = {"suite": "closed", "condition": "standard", "prompt": "what colour is th
 
 
 @pytest.mark.parametrize("line, sentence", [
-    (b"{", "line 2 is not JSON"), (b"\xff\xfe", "line 2 is not JSON"), (b"", "line 2 is not JSON"),
-    (b"[1]", "line 2 is a row without prompt"), (b'{"suite": "closed", "suite": "closed"}', "named twice"),
+    (b"{", "line 2 is not JSON"), (b"\xff\xfe", "line 2 is not JSON"),
+    (b"[1]", "row 2 is a row without prompt"),
     *[(json.dumps(GOOD | change).encode(), sentence) for change, sentence in [
         ({"prompt": 1}, "is a row without prompt"), ({"response": 3}, "response must be text"),
         ({"instruction_id_list": None}, "cannot be scored"), ({"instruction_id_list": [[]]}, "cannot be scored"),
@@ -399,7 +400,7 @@ def test_bad_rows_are_named_and_nothing_is_written(tmp_path, line, sentence):
     path.write_bytes(json.dumps(GOOD).encode() + b"\n" + line + b"\n")
     with pytest.raises(synth.UserError, match=sentence) as error:
         bench.main([f"score={path}"])
-    assert str(path) in str(error.value) and "line 2" in str(error.value)
+    assert str(path) in str(error.value) and re.search("(line|row) 2", str(error.value))
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 

@@ -34,7 +34,7 @@ def planned(tmp_path, rows, recipe, *more):
     write_lines(tmp_path / "a.jsonl", rows)
     c = settings_of(tmp_path, tmp_path / "a.jsonl", *more)
     synth.make_corpus(c)
-    return synth.plan_shard(c, recipe, "train", 0)
+    return synth.plan_shard(c, recipe, "train", 0, Counter())
 
 
 def accents_of(sample):
@@ -162,12 +162,12 @@ def test_continuations_speak_what_was_read(tmp_path):
 
 @pytest.mark.parametrize("row", [
     *({"text": "tom has a ball.", "spoken": spoken} for spoken in ([3, 3], [-1, 4], [0], 7, "all day")),
-    {"text": 3}, {"messages": [{"role": "user"}]}, {"messages": [{"role": "robot", "content": "a"}]}, {"text": "a", "lang": 3},
-    {"audio_filepath": "a.wav"}])
-def test_lines_that_are_no_document(tmp_path, row):
+    {"text": 3}, {"messages": [{"role": "user"}]}, {"messages": [{"role": "robot", "content": "a"}]}, {"audio_filepath": "a.wav"}])
+def test_lines_that_are_no_document(tmp_path, capsys, row):
     write_lines(tmp_path / "own.jsonl", [{"text": "one"}, row])
-    with pytest.raises(UserError, match="own.jsonl, line 2, is no document"):
-        list(synth.read_documents(str(tmp_path / "own.jsonl")))
+    left_out = Counter()
+    assert list(synth.read_documents(str(tmp_path / "own.jsonl"), left_out)) == [{"text": "one"}]
+    assert left_out.total() == 1 and "own.jsonl, line 2, is left out: " in capsys.readouterr().out
 
 
 def test_empty_columns_hide_no_others(tmp_path):
@@ -175,7 +175,7 @@ def test_empty_columns_hide_no_others(tmp_path):
     write_lines(tmp_path / "a.jsonl", [
         {"text": "it is red.", "messages": None}, {"text": "it is red.", "messages": []}, {"text": None, "messages": turns},
         {"text": "it is red.", "lang": None, "spoken": None, "endless": False}])
-    found = list(synth.read_documents(str(tmp_path / "a.jsonl")))
+    found = list(synth.read_documents(str(tmp_path / "a.jsonl"), Counter()))
     assert found == [{"text": "it is red."}] * 2 + [{"messages": turns}] + [{"text": "it is red."}]
 
 
@@ -193,7 +193,7 @@ def test_the_end_of_what_was_cut_off_is_a_target_of_no_recipe(tmp_path):
 def test_what_a_model_wrote_is_kept_to_the_letter(tmp_path):
     """`spoken` counts its characters, which cleaning would change."""
     write_lines(tmp_path / "own.jsonl", [{"text": "Tom &amp; Anna sit. They read.", "spoken": [0, 19]}])
-    found, = synth.read_documents(str(tmp_path / "own.jsonl"))
+    found, = synth.read_documents(str(tmp_path / "own.jsonl"), Counter())
     assert found == {"text": "Tom &amp; Anna sit. They read.", "spoken": [0, 19]}
 
 
@@ -220,7 +220,7 @@ def test_what_is_made_is_no_part_of_the_corpus(tmp_path, monkeypatch):
     synth.make_shards(c)
     write_lines(tmp_path / "data/written.jsonl", [{"text": "it is blue."}])
     c.synth["corpus"] = "**/*.jsonl"
-    assert [document["text"] for _, document in synth.split_documents(c)] == ["it is red.", "it is blue."]
+    assert [document["text"] for _, document in synth.split_documents(c, Counter())] == ["it is red.", "it is blue."]
     c.synth["corpus"] = "data/*/*.json*"
     with pytest.raises(UserError, match="matches no file"):
-        list(synth.split_documents(c))
+        list(synth.split_documents(c, Counter()))

@@ -3,6 +3,7 @@ import doctest
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_model_asks_itself_and_a_stopped_run_goes_on(writer, capsys):
     assert again.read_bytes() == whole and whole.startswith(part) and part != whole
     align.main([*writer, "to=own.jsonl"])
     assert Path("own.jsonl").read_bytes() == whole                      # nothing is left to be done
-    read = list(synth.read_documents("own.jsonl"))
+    read = list(synth.read_documents("own.jsonl", Counter()))
     assert read == [{key: row[key] for key in ("messages", "spoken")} for row in rows]
 
 
@@ -138,7 +139,7 @@ def test_the_texts_of_a_corpus_are_continued(writer, ask):
     Path("stories.jsonl").write_text("".join(tales))
     align.main([*writer, "to=own.jsonl", "given=stories.jsonl", "opening_words=8", f"ask={ask}",
                 "synth.held_out_share=0.0"])
-    documents = list(synth.read_documents("own.jsonl"))
+    documents = list(synth.read_documents("own.jsonl", Counter()))
     assert len(documents) > 3
     openings = set()
     for document in documents:

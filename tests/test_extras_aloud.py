@@ -68,7 +68,10 @@ def test_examples_in_docstrings_hold():
      "At a dot org slash b question mark c equals 1 and d, 50 percent off x"),
     ('Say "no" \u201ctwice\u201d | now', "en", "Say no twice now"),
     ("写300+字，用[名字]和**粗体**，1/2。", "zh",
-     "写300 以上字，用方括号中的名字和 两个星号 粗体 两个星号 ，1 或 2。"),
+     "写300 以上字，用方括号中的名字和 两个星号 粗体 两个星号 ，1/2。"),
+    ("Meet on 01/02/2023, 24/7, and/or at 5 km/h.", "en", "Meet on 01/02/2023, 24/7, and or at 5 km per h."),
+    ("yes/no, he/she, 1/2 cup, 100 m/s", "en", "yes or no, he or she, 1/2 cup, 100 m per s"),
+    ("苹果/梨，和/或 5米/秒", "zh", "苹果或梨，和 或 5米每秒"),
     ("用《》标出题目", "zh", "用 书名号 标出题目")])
 def test_what_nobody_would_say_is_worded(text, lang, spoken):
     assert aloud.worded(text, lang) == spoken
@@ -173,7 +176,7 @@ def test_wrong_use(tmp_path, monkeypatch):
         aloud.main(["make=one.jsonl", "to=other"])
     unknown = {"key": 1, "prompt": "Tea.", "instruction_id_list": ["no:such"], "kwargs": [{}]}
     Path("unknown.jsonl").write_text(json.dumps(unknown))
-    with pytest.raises(UserError, match="unknown.jsonl line 1 cannot be scored"):
+    with pytest.raises(UserError, match="unknown.jsonl row 1 cannot be scored"):
         aloud.main(["make=unknown.jsonl", "to=new"])
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["one.jsonl", "other", "thesis.txt", "unknown.jsonl"]
 

@@ -179,7 +179,8 @@ def test_the_command_line_ends_with_status_2(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": \n')
     assert "nearest valid key is synth.share" in refused(command("synth.shre=1", folder=tmp_path))
     assert "no_such/*.txt' matches no file" in refused(command("synth.corpus=no_such/*.txt", folder=tmp_path))
-    assert "a.jsonl, line 2, is no document" in refused(command("synth.corpus=*.jsonl", folder=tmp_path))
+    (tmp_path / "b.ndjson").write_text('{"text": \n')
+    assert "1 lines left out: no JSON object" in refused(command("synth.corpus=*.ndjson", folder=tmp_path))
     assert "no accent 'en-su'; nearest valid: en-us" in refused(command(*SMALL, "synth.accents={en: [en-su]}", folder=tmp_path))
     assert refused(command("synth.rate=[1", folder=tmp_path)).startswith("ParserError: ")
     assert "without shard" in refused(command("fresh=true", "shard=0/2", folder=tmp_path))
@@ -249,12 +250,12 @@ def test_the_words_are_consistent():
             assert kwargs.get("keywords", words) == words and kwargs.get("end_phrase", value) == value
 
 
-DIGESTS = {"train": "6d4309d644269cd8", "dev": "270dac51d0936b77", "test": "add823a7d235d510"}
+DIGESTS = {"train": "cf526d055ede1f9c", "dev": "2557bbaa5dcb4122", "test": "6d284a304da1aee6"}
 
 
 @pytest.mark.parametrize("split", DIGESTS)
 def test_the_tiny_world_stays_as_it_was(split):
-    """Documents and prompts of the first edition, by their digests: figures in results/ belong to them."""
+    """Documents and prompts by their digests: figures in results/ belong to them."""
     rng = random.Random(split)
     made = [*synth.tiny_world(1, split, 200, {"stated": 1, "louder": 1, "asked": 2, "cried": 4}),
             *(synth.draw_instruction(rng, split, list(synth.KINDS)) for _ in range(500)),
@@ -367,14 +368,14 @@ def test_facts_that_are_asked_for_in_a_story_get_the_right_reply():
 
 @pytest.mark.parametrize("raw, kept", [
     ("<p>5 &lt; 7,\x00 a < b &amp; c</p>", "5 < 7, a < b & c"),
-    ("one<br/>two <!-- <b>no</b> --> three", "onetwo  three"),
+    ("one<br/>two <!-- <b>no</b> --> three", "one\ntwo  three"),
     ("a<SCRIPT>var x = 1</script>b<style>p{}</style>", "ab"),
     ("tab\tkept\r\nline  \nnext\n\n\n\nfar", "tab\tkept\nline\nnext\n\nfar"),
     ("\ufeffa\x07b\x9fc\ufffd\ud800 \xa0d", "abc  d"),
     ("I <3 you, 3<4>2 and 球<好>", "I <3 you, 3<4>2 and 球<好>"),
 ])
 def test_cleaning_keeps_text_and_drops_markup_and_control_characters(raw, kept):
-    assert synth.clean(raw) == kept
+    assert synth.clean(synth.without_markup(raw)) == kept
 
 
 def write_corpus_files(folder):
@@ -396,22 +397,21 @@ def test_a_users_corpus_is_streamed_into_shards(tmp_path):
     shards, documents = corpus(tmp_path, "synth.shard_documents=2")
     assert shards == {"train": 3}
     assert documents == [{"text": "First line\nsecond line."}, {"text": "Next document."}, {"text": "Third & last."},
-                         {"messages": [{"role": "user", "content": "Hi you"}]}, {"text": "压缩的文件。"}]
+                         {"messages": [{"role": "user", "content": "Hi <b>you</b>"}]}, {"text": "压缩的文件。"}]
 
 
 @pytest.mark.parametrize("name, data, sentence", [
-    ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl, line 2, is no document .JSONDecodeError"),
-    ("a.jsonl", b'["text"]\n', 'line 1, is no document .*it needs "text", or "messages"'),
-    ("a.jsonl", b'{"title": "a"}\n', "line 1, is no document .KeyError.'text'"),
-    ("a.jsonl", b'\n\n{"text": 3}\n', "line 3, is no document"),
-    ("a.jsonl", b'{"messages": [{"role": "robot", "content": "a"}]}\n', "line 1, is no document.*user, assistant"),
-    ("a.jsonl", b'{"messages": "hello"}\n', "line 1, is no document"),
-    ("a.jsonl", b'{"text": "a ball", "spoken": [3, 3]}\n', "line 1, is no document"),
-    ("a.jsonl", b'{"text": "a ball", "spoken": "all"}\n', "line 1, is no document"),
-    ("a.jsonl", b'{"text": "a ball", "lang": 3}\n', "line 1, is no document"),
-    ("a.txt", b"caf\xe9\n", r"a\.txt, line 1, is no document .UnicodeDecodeError"),
-    ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz, line 1, is no document"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], r"a\.jsonl\.gz, line 100, is no document"),
+    ("a.jsonl", b'{"text": \n', r"holds no text to train on .*1 lines left out: no JSON object"),
+    ("a.jsonl", b'["text"]\n', "1 lines left out: no JSON object, or of another shape"),
+    ("a.jsonl", b'{"title": "a"}\n', "1 lines left out: it has no text and no messages"),
+    ("a.jsonl", b'\n\n{"text": 3}\n', "1 lines left out: it has no text"),
+    ("a.jsonl", b'{"messages": [{"role": "robot", "content": "a"}]}\n', "left out: a turn is neither the system's"),
+    ("a.jsonl", b'{"messages": "hello"}\n', "1 lines left out"),
+    ("a.jsonl", b'{"text": "a ball", "spoken": [3, 3]}\n', "left out: spoken is no range of characters"),
+    ("a.jsonl", b'{"text": "a ball", "spoken": "all"}\n', "1 lines left out"),
+    ("a.txt", b"caf\xe9\n", r"a\.txt cannot be read to its end .*codec can't decode"),
+    ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be read to its end"),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], r"a\.jsonl\.gz cannot be read to its end"),
     ("a.txt", b" \n<p></p>\n", "holds no text"),
 ])
 def test_a_bad_corpus_file_is_named(tmp_path, name, data, sentence):
@@ -444,7 +444,7 @@ def test_the_split_of_a_document_does_not_depend_on_its_place(tmp_path):
     for order in (texts, texts[::-1]):
         (tmp_path / "a.txt").write_text("\n\n".join(order))
         c = synth.load_config([f"synth.corpus={tmp_path}/a.txt", "synth.held_out_share=0.1"])
-        found.append({document["text"]: split for split, document in synth.split_documents(c)})
+        found.append({document["text"]: split for split, document in synth.split_documents(c, Counter())})
     assert found[0] == found[1] and len(found[0]) == 2000
     counts = Counter(found[0].values())
     assert 150 < counts["dev"] < 250 and 150 < counts["test"] < 250
@@ -454,14 +454,14 @@ def test_corpora_are_read_one_after_the_other(tmp_path):
     for name, count in (("a", 20), ("b", 5)):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {n}." for n in range(count)))
     both = synth.load_config([f"synth.corpus={tmp_path}/b.txt, {tmp_path}/a.txt", "synth.held_out_share=0"])
-    texts = [document["text"] for _, document in synth.split_documents(both)]
+    texts = [document["text"] for _, document in synth.split_documents(both, Counter())]
     assert texts == [*(f"b {n}." for n in range(5)), *(f"a {n}." for n in range(20))]
     mixed = synth.load_config([f"synth.corpus=tiny,{tmp_path}/b.txt", "synth.documents=100",
                                "synth.held_out_documents=10", "synth.held_out_share=0"])
-    splits = Counter(split for split, _ in synth.split_documents(mixed))
+    splits = Counter(split for split, _ in synth.split_documents(mixed, Counter()))
     assert splits == {"train": 105, "dev": 10}
     with pytest.raises(UserError, match="nowhere.txt' matches no file"):
-        list(synth.split_documents(synth.load_config(["synth.corpus=tiny,nowhere.txt"])))
+        list(synth.split_documents(synth.load_config(["synth.corpus=tiny,nowhere.txt"]), Counter()))
 
 
 @pytest.mark.parametrize("text, most, pieces", [
@@ -679,10 +679,10 @@ def test_what_cannot_be_spoken_stays_text(tmp_path):
     texts = "See https://a.b/c for more of it.", "мяч лежит в красном саду", "The ball is in the red garden."
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     c = make(tmp_path, f"synth.corpus={tmp_path}/a.jsonl", "synth.share=1", "synth.level=sentence", "synth.held_out_share=0")
-    samples = synth.plan_shard(c, "interleaved", "train", 0)
+    samples = synth.plan_shard(c, "interleaved", "train", 0, Counter())
     assert [[p["role"] for p in s["parts"]] for s in samples] == [["text"], ["text"], ["speech"]]
     assert samples[0]["parts"] == [{"role": "text", "text": "See https://a.b/c for more of it.", "loss": True}]
-    for sample in synth.plan_shard(c, "tasks", "train", 0)[4:8]:                      # the sample stays
+    for sample in synth.plan_shard(c, "tasks", "train", 0, Counter())[4:8]:                      # the sample stays
         assert [p["role"] for p in sample["parts"]] == ["text", "text", "text"] and sample["parts"][2]["loss"]
 
 
