@@ -1404,8 +1404,8 @@ def as_settings(value):
     return Settings({k: as_settings(v) for k, v in value.items()}) if isinstance(value, dict) else value
 
 
-POSITIVE = re.compile(r"model\..*|synth\.workers|.*\.(shard_documents|max_document|max_seconds|pack_length|clip"
-                      r"|packs|packs_at_once|loss_chunk|keep_states|batch|max_tokens|bootstrap|votes"
+POSITIVE = re.compile(r"model\..*|synth\.workers|.*\.(shard_documents|max_document|max_seconds|pack_length"
+                      r"|packs|packs_at_once|loss_chunk|clip|keep_states|batch|max_tokens|bootstrap|votes"
                       r"|requests)")
 
 

@@ -82,7 +82,7 @@ def read_clip(recording: dict, longest: float) -> tuple[np.ndarray, str | None]:
     try:
         with soundfile.SoundFile(recording["audio_filepath"]) as file:
             early = ENDS_EARLY.search(file.extra_info)
-            is_short = early is not None and int(early[1]) < UNKNOWN_LENGTH
+            is_short = early and int(early[1]) < UNKNOWN_LENGTH
             file.seek(round(recording.get("offset", 0.0) * file.samplerate))
             frames = file.frames - file.tell()
             if "duration" in recording:
@@ -95,7 +95,8 @@ def read_clip(recording: dict, longest: float) -> tuple[np.ndarray, str | None]:
             sound = file.read(frames, dtype="float32", always_2d=True)                  # (frames, channels)
             if is_short or len(sound) < frames:
                 return nothing, "cut short"
-            return synth.to_16k(sound.mean(1), file.samplerate)[:int(longest * RATE)], None
+            clip = synth.to_16k(sound.mean(1), file.samplerate)[:int(longest * RATE)]
+            return clip, None if np.isfinite(clip).all() else "not finite"
     except (soundfile.SoundFileError, OSError, OverflowError, ValueError):
         return nothing, "unreadable"
 
@@ -241,9 +242,7 @@ def main(arguments: list[str]) -> None:
     c = synth.load_config(arguments, manifest="", score=False, max_tokens=256)          # of an answer
     if not c.manifest:
         raise UserError("manifest=FILE.json is missing: recordings, one JSON object a line.")
-    if c.score:
-        return score(c)
-    make_shards(c)
+    score(c) if c.score else make_shards(c)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Timbres are divided among training, dev and test; a single one serves all three.
 texts that a voice speaks. "speaker" is the number of the voice in a model that has many. Without "gender" no
 sample asks who speaks.
 
-    python extras/voices.py model=facebook/mms-tts-eng say="hello there" to=hello.wav
-    python extras/voices.py model=kakao-enterprise/vits-vctk voices=voices.jsonl    all of them, in turn
+    VOICES_MODEL=facebook/mms-tts-eng python extras/voices.py say="hello there" to=hello.wav
+    VOICES_MODEL=kakao-enterprise/vits-vctk VOICES_FILE=voices.jsonl python extras/voices.py    all, in turn
     VOICES_MODEL=facebook/mms-tts-eng VOICES_FILE=voices.jsonl \\
         python synth.py data=data/mms synth.engine=python:extras.voices:speak
 
@@ -118,13 +118,10 @@ def main(arguments: list[str]) -> None:
     """Write one clip of each voice, half a second between them, and say what synth.py's gate would do."""
     c = synth.load_config(
         arguments,
-        model=speak.model_name,                    # in place of the section `model`, which is of no use here
-        voices=speak.voices_file,
         say="the old man has seven birds, and they all sing in the morning.",
         to="voices.wav")
-    engine = Engine(c.model, c.voices)
-    voices = engine.voices if c.voices else [{"id": c.model}]
-    waveforms, rate = engine([c.say] * len(voices), voices, c.seed)
+    voices = speak.voices if speak.voices_file else [{"id": speak.model_name}]
+    waveforms, rate = speak([c.say] * len(voices), voices, c.seed)
     pause = np.zeros(rate // 2, np.float32)
     pieces = []
     start = 0

@@ -41,7 +41,7 @@ GOOD = [{"audio_filepath": "stereo.wav", "text": "It is red.", "duration": 1.0, 
 BAD = {"long.wav": "too long", "silent.wav": "silent", "empty.wav": "unreadable", "broken.flac": "unreadable",
        "piped.wav": "too short", "pipe.wav": "no such file", "none.wav": "no such file",
        "/dev/zero": "no such file", "half.wav": "cut short", "half.mp3": "cut short", "loud.wav": "clipped",
-       "nan.wav": "not finite", "quiet.wav": "silent"}
+       "nan.wav": "not finite", "quiet.wav": "silent", "huge.wav": "beyond full scale", "one.wav": "not finite"}
 
 
 @pytest.fixture
@@ -58,6 +58,8 @@ def manifest(tmp_path, monkeypatch):
     soundfile.write(folder / "quiet.wav", sound(1, 16000) * 0.01, 16000)
     soundfile.write(folder / "loud.wav", np.sign(sound(1, 16000)), 16000, subtype="FLOAT")
     soundfile.write(folder / "nan.wav", np.full(16000, np.nan, np.float32), 16000, subtype="FLOAT")
+    for name, value in (("huge.wav", 1e30), ("one.wav", np.inf)):
+        soundfile.write(folder / name, np.append(sound(1, 44100), value), 44100, subtype="FLOAT")
     (folder / "empty.wav").write_bytes(b"")
     (folder / "broken.flac").write_bytes((folder / "phone.flac").read_bytes()[:40])
     for name in ("half.wav", "half.mp3"):                               # their headers say two seconds
@@ -108,7 +110,7 @@ def test_a_manifest_becomes_a_shard(manifest, capsys):
         spectrum = np.abs(np.fft.rfft(clip))
         assert np.fft.rfftfreq(len(clip), 1 / synth.RATE)[spectrum.argmax()] == pytest.approx(300, abs=1)
     out = capsys.readouterr().out
-    assert out.startswith("data/recordings holds 3 of 16 recordings, 0.00 hours; left out: ")
+    assert out.startswith("data/recordings holds 3 of 18 recordings, 0.00 hours; left out: ")
     assert "no such file 3" in out and "cut short 2" in out
 
 
@@ -191,13 +193,13 @@ def test_missing_shards_are_made_and_others_kept(manifest):
     few = [f"manifest={manifest}", "synth.shard_documents=4"]
     recordings.main(few)
     shards = sorted(Path("data/recordings").glob("*.tar"))
-    assert [len(made(number)[0]) for number in range(len(shards))] == [3, 0, 0, 0]
+    assert [len(made(number)[0]) for number in range(len(shards))] == [3, 0, 0, 0, 0]
     before = {path: path.read_bytes() for path in shards}
     times = [path.stat().st_mtime_ns for path in shards]
     shards[1].unlink()
     recordings.main(few)
     assert {path: path.read_bytes() for path in shards} == before
-    assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times)] == [True, False, True, True]
+    assert [path.stat().st_mtime_ns == time for path, time in zip(shards, times)] == [True, False, True, True, True]
     with pytest.raises(UserError, match=r"made with other settings \(shard_documents\)"):
         recordings.main([f"manifest={manifest}"])
     write_lines(manifest, GOOD)
@@ -261,10 +263,10 @@ def test_a_run_is_asked_and_its_answers_are_kept(run, capsys, monkeypatch):
     rows = [line.split() for line in first.splitlines()]
     assert rows[0] == "task lang count unfit WER % CER % exact %".split()
     assert [row[:4] for row in rows[1:-1]] == [
-        ["emotion", "en", "1", "0"], ["transcribe", "en", "14", "9"], ["translate", "de", "1", "0"]]
+        ["emotion", "en", "1", "0"], ["transcribe", "en", "16", "11"], ["translate", "de", "1", "0"]]
     answers = path.read_bytes()
     kept = [json.loads(line) for line in answers.splitlines()]
-    assert [row["number"] for row in kept] == [0, 1, 2, 4, 13, 14, 15]          # the clips that are whole
+    assert [row["number"] for row in kept] == [0, 1, 2, 4, 13, 15, 16]          # the clips that are whole
     assert all(isinstance(row["response"], str) for row in kept)
 
     asked = []
