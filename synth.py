@@ -681,20 +681,22 @@ def speakable(text, lang):
 
 
 def to_16k(waveform, rate):
-    """(n,) at `rate` -> (ceil(n * 16000 / rate),) float32 at 16 kHz, by the clip's spectrum.
+    """(…, n) at `rate` -> (…, ceil(n * 16000 / rate)) float32 at 16 kHz, by the clip's spectrum.
 
     What lies above 8 kHz is cut off. From 22,050 Hz, 441 samples in are 320 out: the clip is padded with
     zeros to whole periods, so that both spectra have the same frequencies, and by one period more,
     so that its end does not ring into its beginning.
     """
+    waveform = np.asarray(waveform, np.float32)
     if rate == RATE:
         return waveform
     down = rate // math.gcd(rate, RATE)
     up = RATE // math.gcd(rate, RATE)
-    periods = len(waveform) // down + 2
-    spectrum = np.fft.rfft(waveform, periods * down)[:periods * up // 2 + 1]
+    samples = waveform.shape[-1]
+    periods = samples // down + 2
+    spectrum = np.fft.rfft(waveform, periods * down)[..., :periods * up // 2 + 1]
     resampled = np.fft.irfft(spectrum, periods * up) * (up / down)
-    return resampled[:math.ceil(len(waveform) * RATE / rate)].astype(np.float32)
+    return resampled[..., :math.ceil(samples * RATE / rate)].astype(np.float32)
 
 
 BABBLE_VOICES = 5
@@ -1197,7 +1199,7 @@ def speak(parts, settings, noise, seed):
     counts = Counter()
     fit = []
     for part, waveform in zip(parts, waveforms, strict=True):
-        part["waveform"] = to_16k(np.asarray(waveform, np.float32).squeeze(), rate)
+        part["waveform"] = np.atleast_1d(to_16k(waveform, rate).squeeze())
         part["voice"] = part["voice"]["id"]
         reason = gate(part["waveform"], part["text"], settings.gate)
         counts[f"rejected: {reason}" if reason else "clips"] += 1
