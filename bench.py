@@ -18,9 +18,9 @@ Their fields; those with a star are needed to score other systems' answers:
     suite                   closed (rules judge the answer), open (a judge has to), adjustment (the speaker
                             corrects himself), transcription (to be written down)
     condition               standard, background noise, accent, paralinguistic, disfluency; or floor: silence
-    mode                    typed or spoken
+    mode                    typed, spoken, or as spoken: typed as its words alone, which is a yardstick
     lang                    en, zh
-    prompt *                what is asked
+    prompt *                what is asked; `spoken`: the same with its signs worded; `asked`: its words alone
     audio_path              the prompt spoken; null when it is typed
     instruction_id_list *   the names of the checks
     kwargs *                their arguments, an object for each check
@@ -105,7 +105,8 @@ def read_rows(path, **known):
         where = f"{path} row {number}"
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f"{where} is a row without prompt; every row needs one.")
-        row = known | row | {"mode": "spoken" if row.get("audio_path") else "typed"}
+        typed = "as spoken" if "asked" in row else "typed"
+        row = known | row | {"mode": "spoken" if row.get("audio_path") else typed}
         check_row(row, where)
         if row.get("response"):
             said = without_thinking(row["response"])
@@ -599,15 +600,10 @@ def figure(rows, metric, resamples):
     return estimate([contributions(row)[metric] for row in rows], resamples)
 
 
-def difference(first, second, metric, resamples):
-    """The first rows' figure minus the second's, over the pairs in which both have verdicts."""
-    counts = []
-    for row, partner in zip(first, second, strict=True):
-        top, bottom = contributions(row)[metric]
-        other, known = contributions(partner)[metric]
-        if bottom and known:
-            counts.append((top - other, bottom))
-    return estimate(counts, resamples)
+def paired(pairs, metric):
+    """(what the first row adds, what the second adds, of how many), of pairs in which both have verdicts."""
+    counts = [(contributions(row)[metric], contributions(partner)[metric]) for row, partner in pairs]
+    return [(top, other, bottom) for (top, bottom), (other, known) in counts if bottom and known]
 
 
 def wording(row):
@@ -633,24 +629,32 @@ def other_prompts(rows):
 
 
 def results(rows, resamples):
-    """One figure of one suite and condition at a time: typed, spoken, their gap over the prompts that have
-    both, and floors: the same answers against other prompts' instructions, and answers to silence."""
+    """One figure of one suite and condition at a time: typed, typed as spoken, spoken; their gap and ratios,
+    over the prompts that have both; and floors: the same answers against other prompts' instructions, and
+    answers to silence."""
     groups = grouped(rows, "lang", "suite", "condition")
-    typed_of = {wording(row): row for row in rows if row["mode"] == "typed"}
+    typed, as_spoken = ({wording(row): row for row in rows if row["mode"] == mode}
+                        for mode in ("typed", "as spoken"))
     for (lang, suite, condition), group in groups.items():
         if condition == SILENCE:
             continue
         spoken = [row for row in group if row["mode"] == "spoken"]
-        pairs = [row for row in spoken if wording(row) in typed_of]
-        typed = [typed_of[wording(row)] for row in pairs]
-        others = other_prompts(spoken or group)
+        asked = spoken or [row for row in group if row["mode"] == "typed"]
+        others = other_prompts(asked)
         silent = groups.get((lang, suite, SILENCE), [])
+        reads, reads_words = ([(row, known[wording(row)]) for row in spoken if wording(row) in known]
+                              for known in (typed, as_spoken))
         for metric in contributions(group[0]):
+            both = paired(reads, metric)
             yield {"lang": lang, "suite": suite, "condition": condition, "figure": metric,
-                   "rows": len(spoken or group),
-                   "typed": figure(typed if spoken else group, metric, resamples),
+                   "rows": len(asked),
+                   "typed": figure([row for _, row in reads] if spoken else asked, metric, resamples),
+                   "as spoken": figure([row for _, row in reads_words], metric, resamples),
                    "spoken": figure(spoken, metric, resamples),
-                   "gap": difference(typed, pairs, metric, resamples),
+                   "gap": estimate([(other - top, of) for top, other, of in both], resamples),
+                   "spoken / typed": estimate([(top, other) for top, other, _ in both], resamples),
+                   "spoken / as spoken": estimate(
+                       [(top, other) for top, other, _ in paired(reads_words, metric)], resamples),
                    "other prompts": figure(others, metric, resamples),
                    "silence": figure(silent, metric, resamples)}
 
@@ -661,12 +665,14 @@ def comparison(first, second, resamples):
     if {row.get("key") for row in first} != partners.keys() or not len(first) == len(second) == len(partners):
         raise UserError("The rows of the two files do not pair: every key must stand once in both.")
     for (suite, condition, mode), group in grouped(first, "suite", "condition", "mode").items():
-        others = [partners[row["key"]] for row in group]
+        pairs = [(row, partners[row["key"]]) for row in group]
         for metric in contributions(group[0]):
+            both = paired(pairs, metric)
             yield {"suite": suite, "condition": condition, "mode": mode, "figure": metric, "rows": len(group),
                    "first": figure(group, metric, resamples),
-                   "second": figure(others, metric, resamples),
-                   "difference": difference(group, others, metric, resamples)}
+                   "second": figure([row for _, row in pairs], metric, resamples),
+                   "difference": estimate([(top - other, of) for top, other, of in both], resamples),
+                   "first / second": estimate([(top, other) for top, other, _ in both], resamples)}
 
 
 def cell(value):
@@ -857,8 +863,8 @@ def kept_lines(path):
 
 def question_of(row, folder):
     """What a row asks the model: its text, or its clip in pieces of at most 30 s."""
-    if row["mode"] == "typed":
-        return row["prompt"]
+    if row["mode"] != "spoken":
+        return row.get("asked") or row["prompt"]
     clip = inserter.load_audio(folder / row["audio_path"])            # (samples,)
     if row["condition"] == SILENCE:
         clip = np.zeros_like(clip)
@@ -874,8 +880,8 @@ def question_of(row, folder):
 # --------------------------------------------------------------------------------------------------
 
 # What is read of a row; answers and votes of others are not.
-FIELDS = """suite condition lang prompt instruction_id_list kwargs withdrawn decomposed_questions reference
-    variant voice""".split()
+FIELDS = """suite condition lang prompt spoken instruction_id_list kwargs withdrawn decomposed_questions
+    reference variant voice""".split()
 
 
 def read_folder(folder):
@@ -1020,6 +1026,9 @@ def benchmark(c):
     path = folder / "prompts.jsonl"
     if not path.is_file():             # written last: one that exists is whole
         rows = read_folder(Path(c.prompts)) if c.prompts else spoken_suite(c, folder)
+        for row in [row for row in rows if not row["audio_path"]]:
+            words = re.sub(r"[^\w\s']|_", " ", (row.get("spoken") or row["prompt"]).lower()).split()
+            rows.append(row | {"key": f"{row['key']}-as-spoken", "asked": " ".join(words)})
         order = [*SUITES, *CONDITIONS, SILENCE]
         rows.sort(key=lambda row: (row["lang"], order.index(row["suite"]), order.index(row["condition"])))
         synth.write_whole(path, jsonl(rows))
@@ -1049,7 +1058,7 @@ def score(c, prefix, rows, about):
     about |= {"judge": c.judge, "bootstrap": c.bench.bootstrap} | versions | counts | {"figures": lines}
     if is_tiny:
         print(WARNING)
-    print_results(shown)
+    print_results([{name: line[name] for name in line if name != "gap"} for line in shown])
     print(", ".join(f"{name}: {count}" for name, count in counts.items()))
     synth.write_whole(Path(f"{prefix}scored.jsonl"), jsonl(scored))
     synth.write_whole(Path(f"{prefix}results.json"), json.dumps(about, indent=1).encode())

@@ -44,11 +44,13 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter
 from multiprocessing import forkserver
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import soundfile
@@ -255,16 +257,21 @@ def decoded(files):
 #     word_counts   (clips,)
 # --------------------------------------------------------------------------------------------------
 
-def collate(documents, mels):
-    """Join documents end to end, without padding."""
+def collate(documents, mels, stretch=0.0, seed=""):
+    """Join documents end to end, without padding.
+
+    stretch: each clip's frequencies are multiplied by a factor drawn by the seed, up to this share off 1
+    """
+    rng = Random(seed)
     clips = [clip for document in documents for clip in document.clips]
     word_ids = [ids for document in documents for ids in document.word_ids]
-    slots = [torch.zeros(0, mels), *(slot_of(torch.from_numpy(clip), mels) for clip in clips)]
+    slots = [slot_of(torch.from_numpy(clip), mels, round(1 + rng.uniform(-stretch, stretch), 2))
+             for clip in clips]
     return {
         "ids": torch.tensor([i for document in documents for i in document.ids]),
         "labels": torch.tensor([label for document in documents for label in document.labels]),
         "lengths": torch.tensor([len(document.ids) for document in documents]),
-        "mel": torch.cat(slots),
+        "mel": torch.cat([torch.zeros(0, mels), *slots]),
         "frames": torch.tensor([math.ceil(len(clip) / HOP) for clip in clips], dtype=torch.int64),
         "word_ids": torch.tensor([i for ids in word_ids for i in ids], dtype=torch.int64),
         "word_counts": torch.tensor([len(ids) for ids in word_ids], dtype=torch.int64)}
@@ -274,7 +281,7 @@ def join(batches):
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def slot_of(waveform, mels):
+def slot_of(waveform, mels, stretch=1.0):
     """A clip's log-mel frames as rows between zeros, so that clips can be convolved end to end.
 
         slot   0  m0 m1 m2 … m(N+1) 0     P rows, an even number
@@ -284,7 +291,7 @@ def slot_of(waveform, mels):
     if not audio_positions(len(waveform)) or len(waveform) > LONGEST or not waveform.isfinite().all():
         raise UserError(f"A clip of {len(waveform) / RATE:.3f} s cannot be heard: clips last from 0.021 to "
                         "30 s, and every sample is a number; drop it, or cut it into shorter ones.")
-    mel = log_mel(waveform, mels)
+    mel = log_mel(waveform, mels, stretch)
     rows = slot_rows(math.ceil(len(waveform) / HOP))
     return F.pad(mel, (0, 0, 1, rows - 1 - len(mel)))
 
@@ -294,14 +301,17 @@ def slot_rows(frames):
     return (frames + 4) // 2 * 2
 
 
-def log_mel(waveform, mels):
+def log_mel(waveform, mels, stretch=1.0):
     """Log-mel frames of a clip: equal to WhisperFeatureExtractor's first N + 2, which are all that matter.
 
     Whisper pads a clip with zeros to 30 s; the frames past its end are the same known silence, and the
     encoder's convolutions see two of them. Values reach down to 80 dB below the clip's own loudest.
+
+    stretch: all frequencies times this factor, as if the vocal tract were shorter by it: training hears each
+    clip in another voice every time, and so learns to hear voices that it never met
     (samples,) float32 -> (min(N + 2, 3000), mels) float32
     """
-    window, filters = mel_constants(mels)
+    window, filters = mel_constants(mels, stretch)
     context = len(window) // 2 + 2 * HOP     # what the last frame that is kept sees behind the clip
     padded = F.pad(waveform, (0, min(context, LONGEST - len(waveform))))
     spectrum = torch.stft(padded, len(window), HOP, window=window, return_complex=True)     # (201, frames)
@@ -312,9 +322,11 @@ def log_mel(waveform, mels):
 
 
 @functools.lru_cache
-def mel_constants(mels):
+def mel_constants(mels, stretch):
     """WhisperFeatureExtractor's Hann window of 25 ms (400,) and Slaney mel filters (201, mels)."""
-    filters = mel_filter_bank(201, mels, 0.0, RATE / 2, RATE, norm="slaney", mel_scale="slaney")
+    with warnings.catch_warnings(action="ignore"):            # the highest filters may be empty
+        filters = mel_filter_bank(201, mels, 0.0, RATE / 2, round(RATE * stretch), norm="slaney",
+                                  mel_scale="slaney")
     return torch.hann_window(400), torch.from_numpy(filters).float()
 
 
@@ -969,7 +981,7 @@ def packs_of_lane(c, tok, mels, stage_name, lane, cursor):
             room -= len(documents[-1].ids)
             cursor[name][0] += 1
             cursor[name][1] += len(documents[-1].ids)
-        batch = collate(documents, mels)
+        batch = collate(documents, mels, c.train.stretch, f"{c.seed} {stage_name} {lane} {cursor}")
         targets = batch["word_ids"] if stage.ctc else batch["labels"][batch["labels"] != IGNORE]
         counts = {
             "targets": len(targets),
@@ -1576,7 +1588,7 @@ def shaping(c, over):
     model = {key: os.path.abspath(value) if os.path.exists(str(value)) else value
              for key, value in c["model"].items()}
     data = {key: value for key, value in c["synth"].items() if key not in ("workers", "corpus")}
-    shaped = ("pack_length", "betas", "muon_momentum", "weight_decay", "clip")
+    shaped = ("pack_length", "stretch", "betas", "muon_momentum", "weight_decay", "clip")
     train = {key: c["train"][key] for key in shaped} | {"stages": stages}
     return {"seed": c["seed"], "synth": data, "model": model, "train": train}
 

@@ -53,8 +53,8 @@ Ask = Callable[[list[dict], list[Turn]], Iterable[Reply]]             # the repl
 
 def turn_of(row: dict, folder: Path, request: str) -> Turn:
     """What a row asks; its clip is looked for in `folder`."""
-    if row["mode"] == "typed":
-        return [], row["prompt"]
+    if row["mode"] != "spoken":
+        return [], bench.question_of(row, folder)
     return bench.question_of(row, folder), TRANSCRIBE if row["suite"] == "transcription" else request
 
 

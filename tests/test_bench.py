@@ -219,7 +219,7 @@ def fill(table, folder):
         if row["audio_path"]:
             table[soundfile.read(folder / row["audio_path"], dtype="float32")[0].tobytes()] = row
         else:
-            table[row["prompt"]] = row
+            table[row.get("asked") or row["prompt"]] = row
 
 
 def table_answers(table, folder, questions, max_tokens, batch):
@@ -283,17 +283,22 @@ def test_benchmark_from_prompts_to_page(folder, capsys):
     results = json.loads((folder / "results.json").read_text())
     figures = figures_of(folder / "results.json")
     rows = bench.read_rows(folder / "answers.jsonl")
-    assert len(rows) == 18 * 7 + 6 * 2 + 24 + 18 * 5
+    assert len(rows) == 18 * 9 + 6 * 3 + 24 + 18 * 5
     assert (results["missing"], results["truncated"], results["decoding"]) == (0, 4 * 5 + 1, "greedy")
     assert results["bench"]["max_tokens"] == 48 and results["device"] and results["torch"]
     for condition in bench.CONDITIONS:
         line = figures["closed", condition, "strict-prompt"]
         assert line["rows"] == 18 and line["spoken"][0] == 14 / 18 and line["typed"][0] == 1
+        assert line["as spoken"][0] == 1 and line["spoken / typed"][0] == line["spoken / as spoken"][0] == 14 / 18
+        assert line["spoken / typed"][1:] == line["spoken"][1:]                     # of what is always followed
         assert line["gap"][0] == pytest.approx(4 / 18) and line["gap"][1] <= line["gap"][0] <= line["gap"][2]
         assert line["other prompts"][0] <= 0.2 and line["silence"][0] <= 0.2
         assert figures["transcription", condition, "WER"]["spoken"][0] > 0          # one word too many each
     adjustment = figures["adjustment", "standard", "IAR"]
     assert adjustment["typed"][0] == 1.0 > figures["adjustment", "standard", "ECR"]["typed"][0]
+    words = {row["key"].removesuffix("-as-spoken"): row for row in rows if row["mode"] == "as spoken"}
+    assert set(words) == {row["key"] for row in rows if row["mode"] == "typed"}
+    assert all(re.fullmatch("[a-z']+( [a-z']+)*", row["asked"]) for row in words.values())
     said = [row for row in rows if row["suite"] == "transcription" and row["condition"] == "standard"]
     words = sum(len(bench.words_of(row["prompt"])) for row in said)
     assert figures["transcription", "standard", "WER"]["spoken"][0] == 18 / words
@@ -307,7 +312,7 @@ def test_benchmark_from_prompts_to_page(folder, capsys):
     page = (folder / "report.html").read_text()
     assert "://" not in page and "<<Answer" not in page and "{{" not in page
     assert page.count("<svg") == 1 and page.count('class="whisker"') == 10
-    assert page.count("<section") == 18 * 7 + 6 * 2 + 24
+    assert page.count("<section") == 18 * 9 + 6 * 3 + 24
     clip = page.split('src="')[1].split('"')[0]
     assert (folder / clip).is_file()
     assert "never to stand beside published" in page

@@ -173,6 +173,27 @@ def tiny():
     return loud(M.random_model(config(), 1)).eval()
 
 
+def test_a_stretch_moves_every_frequency():
+    def loudest(hertz, stretch):
+        waveform = torch.sin(torch.arange(16000) * 2 * np.pi * hertz / 16000)
+        return int(M.log_mel(waveform, 80, stretch).mean(0).argmax())
+
+    for hertz in (1000, 2000, 5000):
+        for stretch in (0.88, 0.95, 1.12):
+            assert loudest(hertz, stretch) == loudest(hertz * stretch, 1.0)
+        assert loudest(hertz, 0.88) < loudest(hertz, 1.0) < loudest(hertz, 1.12)
+
+
+def test_training_stretches_each_clip_by_a_factor_of_its_own():
+    document = M.Encoded("a", [5], [M.IGNORE], [clip(3210), clip(3210)], [[1], [2]])
+    plain = M.collate([document], 80)["mel"]
+    assert torch.equal(M.collate([document], 80, 0.0, "a")["mel"], plain)
+    first, again, second = (M.collate([document], 80, 0.12, seed)["mel"] for seed in "aab")
+    assert torch.equal(first, again) and not torch.equal(first, second)
+    one, other = first.chunk(2)
+    assert not torch.equal(one, other) and torch.equal(*plain.chunk(2))
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. Features and batches
 # --------------------------------------------------------------------------------------------------

@@ -497,9 +497,9 @@ def test_a_run_is_asked_with_a_folder(official, run, capsys):
         assert (line["rows"], line["typed"][0], line["spoken"][0], line["gap"][0]) == (3, 0, 1, -1)
     assert lines["zh", "closed", "standard", "mean-instruction"]["rows"] == 1
     assert lines["en", "open", "standard", "prompt"]["spoken"] is None          # nobody judged
-    assert results["prompts"] == "sib" and len(asked) == 13 + 10
+    assert results["prompts"] == "sib" and len(asked) == 13 + 2 * 10
     run()
-    assert len(asked) == 23                                                     # nothing is asked twice
+    assert len(asked) == 33                                                     # nothing is asked twice
     out = capsys.readouterr().out
     assert "mean-instruction" in out and "-100.0 [" in out and "never to stand" not in out
     page = Path("runs/tiny/bench-sib/report.html").read_text()
@@ -628,10 +628,10 @@ def test_a_judge(official, run, serve):
     assert lines["en", "adjustment", "standard", "ECR"]["spoken"][0] == 0
     assert results["judge"] == server.name and results["malformed votes"] == 0
     assert lines["en", "open", "standard", "prompt"]["other prompts"] is None
-    # 3 votes on each of 6 answers, at the official script's temperature; and again nothing
-    assert len(server.requests) == 18 and {request["temperature"] for request in server.requests} == {0.5}
+    # 3 votes on each of 9 answers, at the official script's temperature; and again nothing
+    assert len(server.requests) == 27 and {request["temperature"] for request in server.requests} == {0.5}
     run(f"judge={server.name}")
-    assert len(server.requests) == 18
+    assert len(server.requests) == 27
     assert "Is it short?" in Path("runs/tiny/bench-sib/report.html").read_text()
 
 
@@ -648,7 +648,7 @@ def test_the_key_is_written_nowhere(official, run, serve, capfd):
     results, _, _ = run(f"judge={server.name}")
     assert {request["authorization"] for request in server.requests} == {f"Bearer {CANARY}"}
     written = b"".join(path.read_bytes() for path in Path().rglob("*") if path.is_file())
-    assert b"you are Bearer [key]" in written and results["malformed votes"] == 18
+    assert b"you are Bearer [key]" in written and results["malformed votes"] == 27
     assert CANARY.encode() not in written and CANARY not in "".join(capfd.readouterr())
 
 
