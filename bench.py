@@ -742,7 +742,7 @@ def row_of(task, condition, **spoken):
 
 def condition_rows(task, n, c, timbres, rng):
     """The n-th closed-ended task under the conditions beside standard; noises, accents and styles in turn."""
-    kind = ("babble", "pink", "white")[n % 3]
+    kind = ("pink", "white", "babble")[n % 3]              # babble of two others at least
     snr = c.bench.snr[n // 3 % len(c.bench.snr)]
     noisy = {"noise": {"kind": kind, "snr": snr}, "variant": f"{kind} {snr:g} dB"}
     accents = c.bench.accents["en"]
@@ -843,8 +843,8 @@ def ask_rows(c, folder, rows, model, tok):
                 batch = group[start:start + c.bench.batch]
                 questions = [question_of(row, folder) for row in batch]
                 if suite == "transcription":
-                    clips = [pieces[0] for pieces in questions]
-                    answers = [(text, False) for text in inserter.transcribe(model, tok, clips, *limits)]
+                    texts = iter(inserter.transcribe(model, tok, sum(questions, []), *limits))
+                    answers = [(" ".join(next(texts) for _ in pieces), False) for pieces in questions]
                 else:
                     answers = inserter.answer(model, tok, questions, *limits)
                 for row, (text, truncated) in zip(batch, answers, strict=True):
@@ -899,13 +899,14 @@ def read_folder(folder):
         for number, row in enumerate(read_rows(path, **known), 1):
             key = f"{name}/{number}"
             kept = {field: row[field] for field in FIELDS if field in row}
-            typed.setdefault(wording(row), kept | {"key": f"{key} typed", "audio_path": None})
+            if row["suite"] != "transcription":
+                typed.setdefault(wording(row), kept | {"key": f"{key} typed", "audio_path": None})
             if row["mode"] == "spoken":
                 clip = path.parent / row["audio_path"]
                 if not clip.is_file():                                # some count from the folder
                     clip = folder / row["audio_path"]
                 rows.append(kept | {"key": key, "audio_path": str(clip.resolve())})
-    if not typed:
+    if not typed and not rows:
         raise UserError(f"prompts={folder} is no folder with *.jsonl files; give the benchmark's own.")
     return [*typed.values(), *rows]
 

@@ -501,7 +501,7 @@ def test_a_run_is_asked_with_a_folder(official, run, capsys):
     run()
     assert len(asked) == 33                                                     # nothing is asked twice
     out = capsys.readouterr().out
-    assert "mean-instruction" in out and "-100.0 [" in out and "never to stand" not in out
+    assert "mean-instruction" in out and "spoken / typed" in out and "never to stand" not in out
     page = Path("runs/tiny/bench-sib/report.html").read_text()
     assert page.count("<section") == 23 and page.count("<svg") == 2 and "://" not in page
     assert Path(page.split('src="')[1].split('"')[0]).is_file()
@@ -776,3 +776,21 @@ def test_a_second_file_that_is_bad_leaves_the_first_unwritten(tmp_path):
 def test_an_empty_file_is_refused(tmp_path):
     with pytest.raises(synth.UserError, match="holds no rows"):
         score(write(tmp_path / "a.jsonl", []))
+
+
+# --------------------------------------------------------------------------------------------------
+# Transcriptions of a folder
+# --------------------------------------------------------------------------------------------------
+
+def test_recordings_of_a_folder_are_written_down_whole(tmp_path, monkeypatch):
+    """However long they are; and nobody asks for a transcription of what is typed."""
+    rows = [{"prompt": "", "reference": "one two", "audio_path": f"{seconds}.flac", "instruction_id_list": [], "kwargs": []}
+            for seconds in (3, 65)]
+    write(tmp_path / "transcription_standard_en.jsonl", rows)
+    for seconds in (3, 65):
+        soundfile.write(tmp_path / f"{seconds}.flac", np.full(16000 * seconds, 0.1), 16000)
+    read = [row | {"mode": "spoken"} for row in bench.read_folder(tmp_path)]
+    assert [row["suite"] for row in read] == ["transcription"] * 2
+    monkeypatch.setattr(bench.inserter, "transcribe", lambda model, tok, clips, *limits: [str(len(clip) // 16000) for clip in clips])
+    answered = bench.ask_rows(synth.load_config([]), tmp_path, read, None, None)
+    assert [row["response"] for row in answered] == ["3", "30 30 5"]

@@ -1,0 +1,134 @@
+"""Obeying as it reads: half of the loss of a document with speech becomes the KL to what a reader says.
+
+The reader gets the same document typed. At every target its distribution is p, that of the model that hears
+is q, and the loss of the target is (1 - kl) * cross-entropy + kl * KL(p || q). Documents without speech, and
+stages by CTC, are trained as ever. Two readers:
+
+    teacher=itself    the model as it stands, without a gradient
+    teacher=frozen    the checkpoint model.from, as the run found it
+
+    torchrun experiments/distill.py run=b model.from=runs/a/model teacher=frozen kl=0.5     settings as ever
+    python experiments/distill.py 1       arms of seed 1 into results/distill-1.json, from the warm-up and the
+                                          data of `python experiments/arms.py 1`, with the same tokens and SFT
+
+Everything else is inserter.py's: this file replaces three of its functions, here and in the processes that
+read samples, which import this file too.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+
+import torch                                 # noqa: E402
+import torch.nn.functional as F              # noqa: E402
+
+import arms                                  # noqa: E402
+import inserter                              # noqa: E402
+import synth                                 # noqa: E402
+from inserter import IGNORE                  # noqa: E402
+
+ARMS = {"KL to itself": ["teacher=itself"], "frozen reader, KL": ["teacher=frozen"]}
+KEYS = ("typed_ids", "typed_labels", "typed_lengths", "of_speech")
+original = {name: getattr(inserter, name) for name in ("read_encoded", "collate")}
+original["forward"] = inserter.InSerter.forward
+settings = {}                                # teacher: None for the model itself; kl
+
+
+# 1. Data: every document twice, heard and typed. The targets are the same tokens in the same order ---------
+
+def read_encoded(path, number, tok):
+    """As inserter.py's; `typed` is the same sample as it is read."""
+    sample, files = synth.read_sample(path, number)
+    encoded = inserter.encode(sample, inserter.decoded(files), tok)
+    encoded.typed = inserter.encode(sample, {}, tok, typed=True)
+    return encoded
+
+
+def collate(documents, mels, stretch=0.0, seed=""):
+    """As inserter.py's, with the typed documents; of_speech (targets,): whether their documents have speech."""
+    batch = original["collate"](documents, mels, stretch, seed)
+    if hasattr(documents[0], "typed"):
+        typed = original["collate"]([document.typed for document in documents], mels)
+        of_speech = [bool(document.clips) for document in documents
+                     for label in document.labels if label != IGNORE]
+        batch |= {"typed_ids": typed["ids"], "typed_labels": typed["labels"], "typed_lengths": typed["lengths"],
+                  "of_speech": torch.tensor(of_speech, dtype=torch.bool)}
+    return batch
+
+
+# 2. The loss -----------------------------------------------------------------------------------------------
+
+def at_targets(model, ids, labels, lengths, mel, frames):
+    """Hidden states (targets, d) where something is to be predicted, and what: (targets,)."""
+    hidden = model.hidden(ids, lengths, mel, frames)
+    places = (labels != IGNORE).nonzero()[:, 0]
+    return hidden[inserter.to_device(places, hidden.device)], inserter.to_device(labels[places], hidden.device)
+
+
+def forward(self, batch, chunk, classes=None):
+    """As InSerter's, where nothing is trained or nothing is read."""
+    if classes is not None or "typed_ids" not in batch or not torch.is_grad_enabled():
+        plain = {name: tensor for name, tensor in batch.items() if name not in KEYS}
+        return original["forward"](self, plain, chunk, classes)
+    heard, targets = at_targets(self, batch["ids"], batch["labels"], batch["lengths"], batch["mel"],
+                                batch["frames"])
+    reader = settings["teacher"] or self
+    with torch.no_grad():
+        read, same = at_targets(reader, batch["typed_ids"], batch["typed_labels"], batch["typed_lengths"],
+                                batch["mel"][:0], batch["frames"][:0])
+    assert torch.equal(targets, same), "the documents that are heard and typed have other targets"
+    of_speech = inserter.to_device(batch["of_speech"], heard.device)
+    head = self.language_model.lm_head.weight
+    reader_head = reader.language_model.lm_head.weight
+
+    def losses(heard, read, targets, of_speech):
+        q = F.linear(heard, head).float().log_softmax(1)                # (chunk, V)
+        nats = F.nll_loss(q, targets, reduction="none")
+        with torch.no_grad():
+            p = F.linear(read, reader_head).float().log_softmax(1)
+        kl = F.kl_div(q, p, log_target=True, reduction="none").sum(1)
+        return torch.where(of_speech, (1 - settings["kl"]) * nats + settings["kl"] * kl, nats)
+
+    chunks = zip(*(x.split(chunk) for x in (heard, read, targets, of_speech)))
+    return torch.cat([inserter.recomputed(losses, *some) for some in chunks]).sum()
+
+
+inserter.read_encoded = read_encoded         # on import, for the reading processes import this file as well
+inserter.collate = collate
+inserter.InSerter.forward = forward
+
+
+# 3. Arms, and the command line -----------------------------------------------------------------------------
+
+def measure(seed):
+    """Train, fine-tune and ask the arms of a seed, one after the other."""
+    path = ROOT / "results" / f"distill-{seed}.json"
+    rows = json.loads(path.read_text())["runs"] if path.is_file() else {}
+    for arm, teacher in ARMS.items():
+        arms.ARMS[arm] = arms.ARMS["InSerter"]
+        for run, lines in arms.arm_commands(seed, arm).items():
+            if not run.endswith("-sft"):
+                lines[0] = ["experiments/distill.py", *lines[0][1:], *teacher]
+            if run not in rows:
+                arms.execute(seed, run, lines, os.cpu_count())
+                rows[run] = {"commands": arms.printed(lines), **arms.figures(run)}
+                synth.write_whole(path, json.dumps({"seed": seed, "runs": rows}, indent=1).encode() + b"\n")
+            arms.print_row(run, seed, rows[run])
+
+
+def main(arguments):
+    if arguments and arguments[0].isdigit():
+        return measure(int(arguments[0]))
+    c = synth.load_config(arguments, teacher="itself", kl=0.5)
+    if c.teacher not in ("itself", "frozen"):
+        raise synth.UserError(f"teacher={c.teacher} is neither itself nor frozen.")
+    frozen = inserter.load_model(c.model["from"]).to(inserter.device_here()) if c.teacher == "frozen" else None
+    settings.update(teacher=frozen, kl=c.kl)
+    inserter.train(c)
+
+
+if __name__ == "__main__":
+    synth.run(main)
