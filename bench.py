@@ -56,6 +56,7 @@ import random
 import re
 import shutil
 import string
+import unicodedata
 from pathlib import Path
 
 import jinja2
@@ -83,7 +84,7 @@ SILENCE = "floor: silence"             # the model is fed silence as long as the
 
 
 def jsonl(rows):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace")
 
 
 def read_jsonl(path):
@@ -93,24 +94,27 @@ def read_jsonl(path):
         try:
             if line.strip():
                 values.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON ({error}); mend or remove it.") from None
     return values
 
 
 def read_rows(path, **known):
-    """Read and check rows; `known` has fields of those that do not say them themselves."""
+    """Read and check rows; `known` has fields of those that do not say them themselves.
+
+    Null is nothing, nor is NaN, which tables make of it.
+    """
     rows = []
     for number, row in enumerate(read_jsonl(path), 1):
         where = f"{path} row {number}"
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f"{where} is a row without prompt; every row needs one.")
-        typed = "as spoken" if "asked" in row else "typed"
-        row = known | row | {"mode": "spoken" if row.get("audio_path") else typed}
+        row = known | {name: value for name, value in row.items() if value is not None and value == value}
+        row["mode"] = "spoken" if "audio_path" in row else "as spoken" if "asked" in row else "typed"
         check_row(row, where)
         if row.get("response"):
             said = without_thinking(row["response"])
-            row |= {"thought": said != row["response"], "response": said}
+            row |= {"thought": said != row["response"], "response": said or None}
         rows.append(row)
     if not rows:
         raise UserError(f"{path} holds no rows; give a file with one JSON object per line.")
@@ -127,8 +131,13 @@ def without_thinking(response):
     return said.strip() if thoughts else said
 
 
-THOUGHT = re.compile(r"(?is)(.*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷))?"
-                     r"(?:\s*(?:<(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷).*)?(.*)")
+# Blocks at the beginning, or all up to a closing mark whose opening one stood in the prompt.
+OPENS = (r"<(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|begin_of_thought\|>"
+         r"|<\|channel\|>analysis")
+CLOSES = (r"</(?:\w+:)?(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>"
+          r"|<\|channel\|>final<\|message\|>")
+THOUGHT = re.compile(rf"(?is)((?:[\s\ufeff]*(?:{OPENS})(?:.*?(?:{CLOSES})|.*\Z))+"
+                     rf"|(?:(?!{OPENS}).)*?(?:{CLOSES}))?(.*?)(?:<\|return\|>)?")
 
 
 def check_row(row, where):
@@ -140,7 +149,7 @@ def check_row(row, where):
         raise UserError(f"{where}: response must be text, or null where there is none.")
     try:
         contributions(verdicts(row | {"response": ""}))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{where} cannot be scored ({error!r}); its instruction_id_list and kwargs, or its "
                         "decomposed_questions, must be the benchmark's.") from None
 
@@ -159,8 +168,8 @@ CHINESE = "[\u4e00-\u9fff]"
 CHINESE_MARKS = "，。！？；：“”‘’（）—【】《》〈〉、·"
 
 
-LATIN = "A-Za-z0-9À-ɏ"
-STRAIGHT = str.maketrans("‘’‚“”„", "\'\'\'\"\"\"")
+LETTER = "[^\\W_\u3040-\u30ff\u3400-\u9fff]"               # of a script that puts spaces between words
+STRAIGHT = str.maketrans("‘’‚“”„\u2010", "\'\'\'\"\"\"-")
 
 
 def words_of(text):
@@ -173,8 +182,8 @@ def words_of(text):
 
 
 def plain(text):
-    """Lower-cased, with straight quotation marks and single spaces."""
-    return " ".join(text.lower().translate(STRAIGHT).split())
+    """Lower-cased, with straight quotation marks, single spaces and composed letters."""
+    return " ".join(unicodedata.normalize("NFKC", text).lower().translate(STRAIGHT).split())
 
 
 def unmarked(text):
@@ -183,10 +192,9 @@ def unmarked(text):
     return " ".join(plain(text).translate(marks).split())
 
 
-def has_word(text, word):
-    """Whether a text has a word; where it begins or ends with a Latin letter, not as a part of another."""
-    edges = rf"(?:(?<![{LATIN}])|(?![{LATIN}]))", rf"(?:(?![{LATIN}])|(?<![{LATIN}]))"
-    return re.search(re.escape(plain(word)).join(edges), plain(text)) is not None
+def has_word(text, word, end=rf"(?:(?!{LETTER})|(?<!{LETTER}))"):
+    """Whether a text has a word; where it begins or ends with a letter, not as a part of another one."""
+    return re.search(rf"(?:(?<!{LETTER})|(?!{LETTER})){re.escape(word)}{end}", text) is not None
 
 
 def compare(count, relation, limit):
@@ -209,8 +217,8 @@ def two_responses(text):
 
 def has_postscript(text, postscript_marker):
     """The marker, or any other way to write P.S."""
-    marker = re.escape(postscript_marker.strip().lower())
-    return re.search(rf"\bps\b|\bp\.\s*s\.|\b{marker}\b", text.lower()) is not None
+    text = plain(text)
+    return re.search(r"\bps\b|\bp\.\s*s\.", text) is not None or has_word(text, plain(postscript_marker))
 
 
 def is_json(text):
@@ -248,15 +256,17 @@ def placeholders(text):
 def nth_paragraph_starts(text, num_paragraphs, nth_paragraph, first_word):
     """Paragraphs stand between empty lines."""
     paragraphs = [plain(paragraph) for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
-    return (len(paragraphs) == num_paragraphs >= nth_paragraph > 0 and re.match(
-        rf"[\"']*{re.escape(plain(first_word))}(?![{LATIN}-])", paragraphs[nth_paragraph - 1]) is not None)
+    if not len(paragraphs) == num_paragraphs >= nth_paragraph > 0:
+        return False
+    start = rf"[\"'「『《]*{re.escape(plain(first_word))}(?![_-]|{LETTER})"
+    return re.match(start, paragraphs[nth_paragraph - 1]) is not None
 
 
 def ends_with(text, end_phrase):
     """Without regard to marks, but where the phrase is nothing else."""
     if not unmarked(end_phrase):
         return plain(text).endswith(plain(end_phrase))
-    return unmarked(text).endswith(unmarked(end_phrase))
+    return has_word(unmarked(text), unmarked(end_phrase), end="$")
 
 
 CHECKS = {
@@ -275,19 +285,18 @@ CHECKS = {
     "detectable_format:multiple_sections": lambda text, section_spliter, num_sections:
         len(re.findall(rf"{re.escape(section_spliter.strip())}\s?\d+", text)) >= num_sections,
     "detectable_format:number_bullet_lists": lambda text, num_bullets:
-        len(re.findall(r"^[^\S\n]*[*-][^\S\n]+\S", text, re.M)) == num_bullets,
+        len(re.findall(r"^[^\S\n]*[*-][^\S\n]+(?![* \t-]*$)\S", text, re.M)) == num_bullets,
     "detectable_format:number_highlighted_sections": lambda text, num_highlights:
         highlights(text) >= num_highlights,
     "detectable_format:title": has_title,
-    "keywords:existence": lambda text, keywords: all(plain(word) in plain(text) for word in keywords),
+    "keywords:existence": lambda text, keywords: all(plain(word) in plain(text) for word in [] + keywords),
     "keywords:forbidden_words": lambda text, forbidden_words:
-        not any(has_word(text, word) for word in forbidden_words),
+        not any(has_word(plain(text), plain(word)) for word in [] + forbidden_words),
     "keywords:frequency": lambda text, keyword, frequency, relation:
         compare(plain(text).count(plain(keyword)), relation, frequency),
     "keywords:letter_frequency": lambda text, letter, let_frequency, let_relation:
-        compare(plain(text).count(letter.lower()), let_relation, let_frequency),
-    "language:response_language": lambda text, language:
-        (language_of(text.lower()) or "").startswith(language),       # Chinese is zh-cn and zh-tw
+        compare(text.lower().count(letter.lower()), let_relation, let_frequency),
+    "language:response_language": lambda text, language: speaks(text, language.lower().split("-")[0]),
     "length_constraints:nth_paragraph_first_word": nth_paragraph_starts,
     "length_constraints:number_paragraphs": lambda text, num_paragraphs:
         len(texts_between("***", text)) == num_paragraphs,
@@ -343,8 +352,8 @@ STARTERS = set("""a after all also an and as at before but do during each every 
 
 # A mark that may end a sentence: the word before, the mark, closing marks (more may follow), the word
 # after.
-SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]{0,40}?)(\.{2,}|[.?!])([.?!)\]}"']*)(?!["')\]}\s]*$)"""
-                           r"""(?:\s+|(?=\*)|(?<=["')\]}])(?=[^\w\s]))(?=[^\w\s]*(\w*))""")
+SENTENCE_MARK = re.compile(r"""([^\s"(\[{*]{0,40}?)(\.{2,}|[.?!])([.?!)\]}"'”’]*)(?!["'”’)\]}\s]*$)"""
+                           r"""(?:\s+|(?=\*)|(?<=["'”’)\]}])(?=[^\w\s]))(?=[^\w\s]*(\w*))""")
 
 # Where a contraction is cut: can|'t is CA|N'T in capitals
 CONTRACTION = re.compile(r"(?i)(?<=[^' ])(?=('[smd]|'ll|'re|'ve|n't)(?![\w']))|(?<=\bcan)(?=not\b)"
@@ -361,7 +370,7 @@ def sentence_count(text):
     3
     """
     if is_chinese(text):
-        return sum(piece.strip() != "" for piece in re.split("[。！？]", text))
+        return sum(re.search(r"\w", piece) is not None for piece in re.split("[。！？!?]", text))
     text = re.sub(r"([^\w\s]{20})[^\w\s]+", r"\1", text.strip())           # endless marks take endless time
     return bool(text) + sum(map(ends_sentence, SENTENCE_MARK.finditer(text)))
 
@@ -383,8 +392,8 @@ def ends_sentence(mark):
 
 
 def is_chinese(text):
-    """Whether a text has more Chinese characters than words in Latin letters."""
-    return len(re.findall(CHINESE, text)) > len(re.findall(f"[{LATIN}]+", text))
+    """Whether a text has more Chinese characters than words in letters."""
+    return len(re.findall(CHINESE, text)) > len(re.findall(f"{LETTER}+", text))
 
 
 def word_count(text):
@@ -405,6 +414,13 @@ def language_of(text):
         return langdetect.detect(text)
     except langdetect.LangDetectException:
         return None
+
+
+def speaks(text, language):
+    """Whether a text is in a language; Chinese is told by its characters, for langdetect needs long texts."""
+    if is_chinese(text) and not re.search("[\u3040-\u30ff\uac00-\ud7af]", text):         # no kana, no hangul
+        return language == "zh"
+    return (language_of(text.lower()) or "").split("-")[0] == language
 
 
 # --------------------------------------------------------------------------------------------------
@@ -433,8 +449,8 @@ def follows(response, checks):
     followed = []
     for name, arguments in zip(names, checks["kwargs"], strict=True):
         # the official files give every check the names of all arguments, most of them null; tables make null
-        # to NaN, and 3 to 3.0
-        arguments = {key: int(value) if isinstance(value, float) else value
+        # to NaN, and 3 to 3.0 or "3"
+        arguments = {key: int(value) if re.search("num_|nth_|frequency", key) else value
                      for key, value in arguments.items() if value is not None and value == value}
         texts = responses if name.startswith("tiny:") else [response]
         found = [known[name](text, **arguments) for text in texts]
@@ -477,9 +493,9 @@ def vote_of(reply, count):
     >>> vote_of('My verdict: ["YES", "no"]', 2), vote_of('["YES"]', 2), vote_of("I would say YES", 1)
     ([True, False], None, None)
     """
-    lists = re.findall(r"""\[[\s"',A-Z]*\]""", without_thinking(reply).upper())
-    words = re.findall("[A-Z]+", lists[-1]) if lists else []
-    if len(words) != count or not set(words) <= {"YES", "NO"}:
+    lists = re.findall(r"""\[(?:[\s"'“”.,]*(?:YES|NO))+[\s"'“”.,]*\]""", without_thinking(reply).upper())
+    words = re.findall("YES|NO", lists[-1]) if lists else []
+    if len(words) != count:
         return None
     return [word == "YES" for word in words]
 
@@ -494,7 +510,7 @@ def majority(row):
     {'strict': [True, False], 'withdrawn_strict': [], 'malformed': 1}
     """
     count = len(questions_of(row))
-    replies = row.get("pred_score") or []
+    replies = [] + (row.get("pred_score") or [])            # an error, if it is a text
     votes = [vote for vote in (vote_of(reply, count) for reply in replies) if vote]
     decided = [2 * sum(on_one) > len(votes) for on_one in zip(*votes)]
     if row.get("response") is None:
@@ -661,11 +677,12 @@ def results(rows, resamples):
 
 def comparison(first, second, resamples):
     """The figures of two systems, and the first's minus the second's; rows pair by their keys."""
-    partners = {row.get("key"): row for row in second}
-    if {row.get("key") for row in first} != partners.keys() or not len(first) == len(second) == len(partners):
+    partners = {(row.get("key"), row["suite"]): row for row in second}
+    known = {(row.get("key"), row["suite"]) for row in first}
+    if known != partners.keys() or not len(first) == len(second) == len(partners):
         raise UserError("The rows of the two files do not pair: every key must stand once in both.")
     for (suite, condition, mode), group in grouped(first, "suite", "condition", "mode").items():
-        pairs = [(row, partners[row["key"]]) for row in group]
+        pairs = [(row, partners[row.get("key"), suite]) for row in group]
         for metric in contributions(group[0]):
             both = paired(pairs, metric)
             yield {"suite": suite, "condition": condition, "mode": mode, "figure": metric, "rows": len(group),
@@ -1052,7 +1069,7 @@ def score(c, prefix, rows, about):
     counts = {
         "missing": sum(row.get("response") is None for row in rows),
         "after thinking": sum(row.get("thought", False) for row in rows),
-        "truncated": sum(row.get("truncated", False) for row in rows),
+        "truncated": sum(row.get("truncated") is True for row in rows),
         "malformed votes": sum(row.get("malformed", 0) for row in scored),
     }
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
@@ -1069,10 +1086,10 @@ def score(c, prefix, rows, about):
 def score_files(c):
     """score=A.jsonl[,B.jsonl]: the figures of one system, or of two and their difference."""
     known = {"suite": c.suite, "condition": "standard", "lang": "en"}
-    names = c.score.split(",")
+    names = [name.strip() for name in c.score.split(",")]
     files = [read_rows(Path(name), **known) for name in names]
     for name, rows in zip(names, files):
-        if not any(isinstance(row.get("response"), str) for row in rows):
+        if not any("response" in row for row in rows):
             raise UserError(f"No row of {name} has a response; rename the field that has the answers.")
     scored = [score(c, f"{name}.", rows, {"file": name})[0] for name, rows in zip(names, files)]
     if len(scored) == 2:

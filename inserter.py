@@ -767,7 +767,7 @@ def train_stage(c, model, tok, progress, state, stopping):
         # nor has one amid CTC, which lets norms grow.
         log.step(float(loss), factor, norm, totals)
         done = progress.share(stage) >= 1
-        if done and stage.ctc and not stage.lr_scale.get("llm", 1.0):
+        if done and stage.ctc and not stage.lr_scale["llm"]:
             match_norms(c, model, tok, stage)
         reads_text = not stage.from_scratch or set(stage.mix) != {"tasks"}
         evaluates = done or (is_due(c.train.eval_every, progress.step) and not stage.ctc)
@@ -810,7 +810,7 @@ def freeze(model, stage):
     for name, p in model.named_parameters():
         is_table = name.endswith("embed_positions.weight")              # sinusoids, never trained
         is_unused = stage.ctc and name.startswith(beside_ctc)
-        p.requires_grad_(stage.lr_scale.get(module_of(name), 1.0) > 0 and not is_table and not is_unused)
+        p.requires_grad_(stage.lr_scale[module_of(name)] > 0 and not is_table and not is_unused)
     return [p for p in model.parameters() if p.requires_grad]
 
 
@@ -833,7 +833,7 @@ def make_optimizers(c, model, stage):
             groups.setdefault((by_muon, module_of(name), p.ndim > 1), []).append(p)
     found = {False: [], True: []}
     for (by_muon, module, decays), parameters in groups.items():
-        lr = (stage.muon_lr if by_muon else stage.lr) * stage.lr_scale.get(module, 1.0)
+        lr = (stage.muon_lr if by_muon else stage.lr) * stage.lr_scale[module]
         decay = c.train.weight_decay if decays else 0.0
         found[by_muon].append({"params": parameters, "lr": 0.0, "base_lr": lr, "weight_decay": decay})
     optimizers = []

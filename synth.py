@@ -117,7 +117,8 @@ MARKS += "".join(chr(i) for i in range(0x300, 0xb000) if unicodedata.category(ch
 LETTERS = f"[^\\W_\u3400-\u9fff]+(?:[{MARKS}]+[^\\W_\u3400-\u9fff]*)*"
 WORD = re.compile(f"[\u3400-\u9fff]|{LETTERS}(?:['’.-]{LETTERS})*")
 # A line that goes on in small letters was broken to fit a page.
-SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]]*(?=\s)|[。！？]+[”’」』）]*|\n(?:\n+|(?![a-zß-ÿ]))")
+SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]]*(?=\s)|[。！？।؟۔]+[”’」』）]*"
+                          r"|\n(?:\n+|(?![a-zß-ÿĀ-ſα-ωά-ώа-џ]))")
 FILLED = re.compile(r"\S(?:.*\S)?", re.S)               # what is left without the outer white space
 
 
@@ -660,12 +661,14 @@ def load_engine(name):
 # What may be spoken, and the way from waveform to file. The gate tells the clips that are unfit to train on.
 # --------------------------------------------------------------------------------------------------
 
-# URLs, mail addresses, markup, paths, code, symbols, emoji; and, by language, letters that the voice cannot
-# read.
-UNSPEAKABLE = re.compile(r"https?:|www\.|\S@\S+\.\w|[{}<>\[\]\\|_^~`=#*]|\w/\w+/|\w\(\)|::|\s--\w|&\w+;"
-                         r"|\w\.(com|org|net|py|txt|html?)\b"
-                         r"|[©®°™←-⯿\ue000-\uf8ff\ufe0f\U00010000-\U0010ffff]", re.I)
-FOREIGN = {"en": re.compile("[^\\W\\d_A-Za-zÀ-ɏ]"), "zh": re.compile("[^\\W\\d_A-Za-zÀ-ɏ㐀-鿿豈-﫿]")}
+# URLs, mail addresses, markup, paths, code, hashes, symbols, emoji; and, by language, letters that the voice
+# cannot read.
+UNSPEAKABLE = re.compile(r"\w://|https?:|data:\w|www\.|\S@\S+\.\w|[{}<>\[\]\\|_^~`=#*]|\w/\w+/|(?<!\w)/\w"
+                         r"|\w:/|\w\(\)|::|\s--\w|&\w+;|\+\+|--;|&&|\$\w*\$|\w\.\w+/\w|\S{40}"
+                         r"|\b(?=\w*\d)(?=\w*[a-z])\w{16}"
+                         r"|\w\.(com|org|net|uk|io|py|js|md|txt|html?|json|c|cpp|h)\b"
+                         r"|[©®°™‣‰‼⁉⃣℃℉№←-⯿㈀-㏿\ue000-\uf8ff\ufe0f\ufffc\U00010000-\U0010ffff]", re.I)
+FOREIGN = {"en": re.compile("[^\\W_0-9A-Za-zÀ-ɏ]"), "zh": re.compile("[^\\W_0-9A-Za-zÀ-ɏ㐀-鿿豈-﫿]")}
 
 
 def speakable(text, lang):
@@ -970,26 +973,28 @@ def read_documents(path, left_out):
         raise UserError(f"{path} is none of *.txt, *.jsonl and *.ndjson; extras/corpora.py converts others.")
     opener = open if name == path.lower() else gzip.open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as rows:
+        with opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape") as rows:
             if name.endswith(".txt"):
                 paragraphs = itertools.groupby(rows, str.isspace)
-                rows = (json.dumps({"text": "".join(lines)}) for _, lines in paragraphs)
+                rows = (json.dumps({"text": "".join(lines)}, ensure_ascii=False) for _, lines in paragraphs)
             for number, row in enumerate(rows, 1):
                 try:
-                    document = document_of(json.loads(row)) if row.strip() else {"text": ""}
-                except (ValueError, TypeError, AttributeError) as error:
+                    document = document_of(json.loads(row.encode())) if row.strip() else {"text": ""}
+                except (ValueError, TypeError, AttributeError, RecursionError) as error:
                     known = type(error) is ValueError
-                    reason = str(error) if known else "no JSON object, or of another shape"
+                    reason = str(error) if known else "no UTF-8, no JSON object, or of another shape"
                     if not left_out[reason]:
                         print(f"{path}, line {number}, is left out: {reason}")
                     left_out[reason] += 1
                     continue
                 if any(texts_of(document)):
                     yield document
-    except (EOFError, OSError, UnicodeDecodeError, zlib.error) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"{path} cannot be read to its end ({error}); mend or remove it.") from None
 
 
+MEDIA = """audio audios audio_filepath audio_path audio_file wav sound speech clip image images video
+    videos""".split()
 ROLE_OF = {"human": "user", "gpt": "assistant", "developer": "system"} | {role: role for role in ROLES}
 
 
@@ -999,18 +1004,20 @@ def document_of(row):
     >>> document_of({"text": "<b>5 &lt; 7</b>", "lang": "en", "url": "a.b"})
     {'text': '5 < 7', 'lang': 'en'}
     """
-    if any(row[key] for key in row if "audio" in key):
-        raise ValueError("it has sound, which extras/recordings.py reads")
+    if any(row[key] for key in row if key.lower() in MEDIA):
+        raise ValueError("it has sound or pictures; extras/recordings.py reads sound")
     spoken = row.get("spoken")                              # counts characters, so nothing is cleaned
     turns = row.get("messages") or row.get("conversations")
     if turns:
+        turns = [{"role": "system", "content": row.get("system")}, *turns]
         document = {"messages": messages_of(turns, str if spoken else clean)}
     elif isinstance(row.get("text"), str):
-        document = {"text": row["text"] if spoken else clean(without_markup(row["text"]))}
+        text = re.sub(r"\n{3,}", "\n\n", clean(without_markup(row["text"])))
+        document = {"text": row["text"] if spoken else text}
     else:
         raise ValueError("it has no text and no messages")
-    if row.get("lang"):
-        document["lang"] = clean(str(row["lang"]))
+    if lang := row.get("lang") or row.get("language"):
+        document["lang"] = clean(str(lang))
     if spoken:
         start, end = spoken
         if not 0 <= start < end:
@@ -1036,7 +1043,7 @@ def messages_of(turns, tidy):
         content = turn.get("content") or turn.get("value")
         if isinstance(content, list):
             content = "\n".join(part.get("text") for part in content)       # a TypeError, if one is no text
-        if role is None:
+        if role is None or turn.get("tool_calls") or turn.get("function_call"):
             raise ValueError("a turn is neither the system's, the user's nor the assistant's")
         content = tidy(content or "")
         if content:
@@ -1058,32 +1065,40 @@ def clean(text):
     >>> clean("soft\\xadly \\r\\n a < b")
     'softly\\n a < b'
     """
-    text = "\n".join(line.rstrip() for line in text.splitlines()).replace("\xa0", " ")
-    text = re.sub(INVISIBLE, "", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+    text = re.sub(INVISIBLE, "", "\n".join(line.rstrip() for line in text.splitlines()).replace("\xa0", " "))
+    return re.sub(r"\A\n*(?: (?! ))?", "", text).rstrip()           # but an indent stays
 
 
-# Joiners count between other letters than Latin ones.
-INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
-                       "\ud800-\udfff\ufeff\ufffd]|(?<=[ -\u024f])[\u200c\u200d](?=[ -\u024f])")
-COMMENT = re.compile(r"(?is)<!--(?:(?!<!--).)*?-->|<(script|style)\b(?:(?!<\1\b).)*?</\1\s*>")
-ATTRIBUTES = r"""(?:\s+[\w:-]+\s*=\s*(?:"[^"<>]*"|'[^'<>]*'|[^\s<>"']+))*\s*/?>"""
-INLINE = re.compile(r"(?i)</?(?:a|abbr|b|big|cite|code|em|font|i|img|ins|kbd|mark|q|s|samp|small|span|strike"
-                    r"|strong|sub|sup|tt|u|var|wbr)\b" + ATTRIBUTES)
-BLOCK = re.compile(r"(?i)</?(?:article|aside|blockquote|body|br|center|d[dlt]|div|figure|footer|form|h[1-6]"
-                   r"|head|header|hr|html|[ou]l|li|main|nav|p|pre|section|t[dhr]|table|tbody|thead|title)\b"
-                   + ATTRIBUTES)
-REFERENCE = re.compile(r"&#?\w+;")
+# Joiners and breaks without width count where a letter that is not Latin follows.
+INVISIBLE = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200e\u200f\u202a-\u202e\u2060-\u206f"
+                       "\ud800-\udfff\ufeff\ufffd]|[\u200b-\u200d](?![^\x00-\u024f])")
+COMMENT = re.compile(r"(?is)<!--(?:(?!<!--).)*?-->|<(script|style)\b(?:(?!<\1\b).)*?</\1\s*>|<!doctype[^<>]*>"
+                     r"|<\?xml[^<>]*>")
+INLINE = """a abbr b big cite code em font i ins kbd mark q s samp small span strike strong sub sup tt u var
+    label button""".split()
+BLOCK = """address article aside blockquote body br caption center dd details div dl dt figcaption figure
+    footer form h1 h2 h3 h4 h5 h6 head header hr html img input legend li main nav noscript ol option p pre
+    section select summary table tbody td textarea tfoot th thead title tr ul video""".split()
+TAG = re.compile(rf"""(?i)</?({"|".join(INLINE + BLOCK)})"""
+                 r"""(?:\s+[^\s"'<>=]+(?:\s*=\s*(?:"[^"]*"|'[^']*'|[^\s<>"']+))?)*\s*/?>""")
 
 
 def without_markup(text):
-    """Drop HTML's own tags, and resolve character references; tags of blocks and lines become line breaks.
+    """Drop HTML's own tags, those of blocks to line breaks, and resolve character references.
+
+    A tag that is nowhere closed is none, but for a few.
 
     >>> without_markup("<p>5 &lt; 7</p>, vector<int> v"), without_markup("if a<b and c>d")
     ('\\n5 < 7\\n, vector<int> v', 'if a<b and c>d')
     """
-    text = re.sub(BLOCK, "\n", re.sub(INLINE, "", re.sub(COMMENT, "", text)))
-    return re.sub(REFERENCE, lambda reference: html.unescape(reference[0]), text)
+    text = re.sub(COMMENT, "", text)
+    closed = set(re.findall(r"</(\w+)\s*>", text.lower())) | {"br", "hr", "img", "li", "p"}
+
+    def replaced(tag):
+        name = tag[1].lower()
+        return tag[0] if name not in closed else "" if name in INLINE else "\n"
+
+    return re.sub(r"&#?\w+;", lambda reference: html.unescape(reference[0]), re.sub(TAG, replaced, text))
 
 
 def cut_document(document, most):
@@ -1110,16 +1125,15 @@ def cut_text(text, most):
     for start, end in itertools.pairwise([*starts, len(text)]):
         words = [m.start() for m in WORD.finditer(text, start, end)]
         cuts += [start, *words[most::most]]
-    pieces = [""]
-    held = 0                                                # words of the last piece
+    bounds = [0]
+    held = 0                                                # words since the last bound
     for start, end in itertools.pairwise([*cuts, len(text)]):
         words = count_words(text[start:end])
         if held + words > most:
-            pieces.append("")
+            bounds.append(start)
             held = 0
-        pieces[-1] += text[start:end]
         held += words
-    return pieces
+    return [text[start:end] for start, end in itertools.pairwise([*bounds, len(text)])]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1150,6 +1164,7 @@ def plan_shard(c, recipe, split, number, counts):
 
         def voice_for(words):
             if len(words) > longest or not speakable(words, lang):
+                counts["rejected: too long to be said"] += len(words) > longest
                 return None
             voice = draw_voice(rng, choices, c.synth, lang)
             counts[f"rejected: no voice for {lang}"] += voice is None
@@ -1429,7 +1444,8 @@ def check_config(c):
         f"run={c.run!r} must be a plain folder name": not re.fullmatch(r"[^\W_][\w.-]*", c.run),
         f"shard={c.shard!r} must be i/n with i below n": not numbers or int(numbers[1]) >= int(numbers[2]),
         "synth.level must be word or sentence": settings.level not in ("word", "sentence"),
-        f"synth.tasks may have {', '.join(TASKS)}": not settings.tasks.keys() <= TASKS.keys(),
+        f"synth.tasks gives shares to {', '.join(TASKS)}":
+            not settings.tasks.keys() <= TASKS.keys() or not any(settings.tasks.values()),
         f"synth.noise.recipes may have {', '.join(RECIPES)}": not set(settings.noise.recipes) <= set(RECIPES),
         "train.precision must be auto, float32 or bfloat16":
             c.train.precision not in ("auto", "float32", "bfloat16"),
@@ -1445,6 +1461,8 @@ def check_config(c):
     for name, stage in c.train.stages.items():
         wrong[f"stage {name}: optimizer must be adamw or muon"] = stage.optimizer not in ("adamw", "muon")
         wrong[f"stage {name}: mix gives no recipe a share"] = not any(stage.mix.values())
+        wrong[f"stage {name}: lr_scale has encoder, adapter and llm"] = stage.lr_scale.keys() != {
+            "encoder", "adapter", "llm"}
     for name in settings.shards:
         near = nearest(name, RECIPES)
         wrong[f"synth.shards has {name!r}; the nearest recipe is {near}"] = name != near

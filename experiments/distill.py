@@ -48,24 +48,26 @@ def read_encoded(path, number, tok):
 
 
 def collate(documents, mels, stretch=0.0, seed=""):
-    """As inserter.py's, with the typed documents; of_speech (targets,): whether their documents have speech."""
+    """As inserter.py's, with the typed documents; of_speech (targets,): is it a document with speech?"""
     batch = original["collate"](documents, mels, stretch, seed)
     if hasattr(documents[0], "typed"):
         typed = original["collate"]([document.typed for document in documents], mels)
         of_speech = [bool(document.clips) for document in documents
                      for label in document.labels if label != IGNORE]
-        batch |= {"typed_ids": typed["ids"], "typed_labels": typed["labels"], "typed_lengths": typed["lengths"],
+        batch |= {"typed_ids": typed["ids"], "typed_labels": typed["labels"],
+                  "typed_lengths": typed["lengths"],
                   "of_speech": torch.tensor(of_speech, dtype=torch.bool)}
     return batch
 
 
-# 2. The loss -----------------------------------------------------------------------------------------------
+# 2. The loss ----------------------------------------------------------------------------------------------
 
 def at_targets(model, ids, labels, lengths, mel, frames):
     """Hidden states (targets, d) where something is to be predicted, and what: (targets,)."""
     hidden = model.hidden(ids, lengths, mel, frames)
     places = (labels != IGNORE).nonzero()[:, 0]
-    return hidden[inserter.to_device(places, hidden.device)], inserter.to_device(labels[places], hidden.device)
+    targets = inserter.to_device(labels[places], hidden.device)
+    return hidden[inserter.to_device(places, hidden.device)], targets
 
 
 def forward(self, batch, chunk, classes=None):
@@ -125,8 +127,9 @@ def main(arguments):
     c = synth.load_config(arguments, teacher="itself", kl=0.5)
     if c.teacher not in ("itself", "frozen"):
         raise synth.UserError(f"teacher={c.teacher} is neither itself nor frozen.")
-    frozen = inserter.load_model(c.model["from"]).to(inserter.device_here()) if c.teacher == "frozen" else None
-    settings.update(teacher=frozen, kl=c.kl)
+    settings.update(teacher=None, kl=c.kl)
+    if c.teacher == "frozen":
+        settings["teacher"] = inserter.load_model(c.model["from"]).to(inserter.device_here())
     inserter.train(c)
 
 

@@ -65,6 +65,8 @@ IN_BRACKETS = {"en": r"\1 in square brackets", "zh": r"方括号中的\1"}
 OR_MORE = {"en": "or more", "zh": "以上"}
 OR = {"en": " or ", "zh": "或"}
 PER = {"en": " per ", "zh": "每"}
+UNITS = (r"(?:[kcm]?m²?|mi|[km]?g|m?[lL]|dL|[kMG]i?[bB]|k?Wh|s|h|min|[dD]ays?|[wW]eeks?|months?|years?|hours?"
+         r"|minutes?|seconds?|miles?|words?|times?|twice|once|千?米|公里|升|克|秒|小时|分钟?|天|次)\b")
 FILLERS = ["嗯，", "呃，", "那个，"]
 
 
@@ -84,8 +86,11 @@ def worded(text: str, lang: str) -> str:
     text = re.sub(r"(\d)\+(?!\d)", rf"\1 {OR_MORE[lang]}", text)
     text = re.sub(r"(?:https?://|www\.)[^\s\"'<>)\]]*[^\s\"'<>)\].,;:!?]", spelled, text)
     text = re.sub(r"\b(and|和)/(?=or|或)", r"\1 ", text)
-    text = re.sub(r"(?<=\d)(\s?[^\W\d_]+)/(?=[^\W\d_])", rf"\1{PER[lang]}", text)        # 5 km/h
-    text = re.sub(r"(?<=[^\W\d_])/(?=[^\W\d_])", OR[lang], text)           # the voice reads a date's
+    amount = rf"(?<![\w/])((?:\d+\s?)?(?:{UNITS}))/(?={UNITS})(?![^\s/]*/)"              # 5 km/h
+    text = re.sub(amount, rf"\1{PER[lang]}", text)
+    word = rf"(?:[^\W\d_]{{2,}}|{bench.CHINESE})"
+    text = re.sub(rf"(?<![\w/.]){word}(?:/{word})+(?![\w/]|\.\w)",          # the voice reads other slashes
+                  lambda words: words[0].replace("/", OR[lang]), text)
     signs = sorted(SIGNS[lang], key=len, reverse=True)      # "***" before "*"
     text = re.sub("|".join(map(re.escape, signs)), lambda sign: f" {SIGNS[lang][sign[0]]} ", text)
     text = re.sub(r"[\"“”`^|\\]", " ", text)

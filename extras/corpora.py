@@ -1,7 +1,8 @@
 """Other people's files and data sets become a corpus that synth.py reads: one JSONL file.
 
 A row's "text", "messages" [{"role", "content"}], "conversations" [{"from", "value"}] (as in ShareGPT's
-exports) and "lang" are kept as they are. Rows in which synth.py finds no document are left out and counted.
+exports), "lang" and the like are kept as they are. Rows in which synth.py finds no document are left out and
+counted.
 
     from=                    rows of
     'chats/*.parquet'        Parquet files; also *.csv and *.tsv, whose first line names the columns
@@ -33,6 +34,7 @@ from tqdm import tqdm
 import synth
 from synth import UserError
 
+KEPT = ("text", "messages", "conversations", "system", "lang", "language", "spoken", "endless")
 # The builder of the package datasets for each kind of table. It reads more than a hundred batches of Parquet
 # ahead: small ones, or files would be held whole. "NA" and "null" are words, no missing values.
 TABLES = {"parquet": ("parquet", {"batch_size": 100}),
@@ -50,8 +52,7 @@ def document_of(row: object) -> dict | None:
         document = synth.document_of(row)
     except (AttributeError, TypeError, ValueError):
         return None
-    kept = {key: row[key] for key in ("text", "messages", "conversations", "lang") if row.get(key)}
-    return kept if any(synth.texts_of(document)) else None
+    return {key: row[key] for key in KEPT if row.get(key)} if any(synth.texts_of(document)) else None
 
 
 def json_rows(path: str) -> Iterator[object]:
@@ -60,7 +61,7 @@ def json_rows(path: str) -> Iterator[object]:
     The package datasets does not serve here: where the items of an array have different keys, as the turns of
     ShareGPT's have, it gives them as JSON text.
     """
-    opener = gzip.open if path.endswith(".gz") else open
+    opener = gzip.open if path.lower().endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8-sig") as file:
         is_array = file.read(64).lstrip().startswith("[")
         file.seek(0)
@@ -72,13 +73,13 @@ def json_rows(path: str) -> Iterator[object]:
 
 def open_source(source: str) -> Iterable[object]:
     """The rows of a file or a data set. UserError if its kind is not known."""
-    kind = source.removesuffix(".gz").rpartition(".")[2]
+    kind = source.lower().removesuffix(".gz").rpartition(".")[2]
     if source.startswith("hf:"):
         _, name, *rest = source.split(":")
         *configuration, split = rest or ["train"]
         names = [name, *configuration]
         options = {"split": split}
-    elif kind in ("json", "jsonl"):
+    elif kind in ("json", "jsonl", "ndjson"):
         return json_rows(source)
     elif kind in TABLES:
         builder, options = TABLES[kind]
@@ -110,6 +111,8 @@ def main(arguments: list[str]) -> None:
     sources = [c["from"]]
     if not c["from"].startswith("hf:"):
         sources = sorted(glob.glob(c["from"], recursive=True))
+    if not c.to.endswith((".jsonl", ".ndjson")) or c.to in sources:
+        raise UserError(f"to={c.to} must end with .jsonl, and be another file than those of from=.")
     if not sources:
         raise UserError(f"from={c['from']!r} matches no file; give a glob such as 'chats/*.parquet', or "
                         "hf:NAME:SPLIT.")

@@ -92,13 +92,15 @@ def test_1_a_clip_with_a_sample_that_is_no_number_is_not_heard():
 
 @pytest.mark.parametrize("row", [
     {"audio": {"path": "ok5.wav"}, "text": "tom puts the ball"}, {"audio_filepath": "a.wav", "text": "tom puts the ball"},
-    {"audios": ["a.wav"], "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}])
+    {"audios": ["a.wav"], "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+    {"wav": "a.wav", "text": "hello"}, {"Audio": {"bytes": "UklGRg=="}, "text": "hello"},
+    {"image": "x.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "red"}]}])
 def test_7_sound_beside_text_is_said(tmp_path, row, capsys):
-    found, left_out = corpus_of(tmp_path, row, {"text": "it is red.", "audio": None})
+    found, left_out = corpus_of(tmp_path, row, {"text": "it is red.", "audio": None, "audiobook": "Dracula"})
     assert found == [{"text": "it is red."}]
-    assert left_out == {"it has sound, which extras/recordings.py reads": 1}
+    assert left_out == {"it has sound or pictures; extras/recordings.py reads sound": 1}
     assert "a.jsonl, line 1, is left out: it has sound" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds no text to train on .*1 lines left out: it has sound, which extras/rec"):
+    with pytest.raises(UserError, match="holds no text to train on .*1 lines left out: it has sound or pict.*extras/rec"):
         synth.make_corpus(settings_of(tmp_path, lines(tmp_path / "b.jsonl", row)))
 
 
@@ -128,8 +130,12 @@ def test_8_a_file_that_is_asked_is_sound(tmp_path, monkeypatch, name):
     ("#include <stdio.h>\nstd::map<std::string, a> m;", "#include <stdio.h>\nstd::map<std::string, a> m;"),
     ("if (a<b && b>c) i--;", "if (a<b && b>c) i--;"), ("a --> b <-- c <!-- d", "a --> b <-- c <!-- d"),
     ("write to <tom@a.org> or <https://a.org/?x=1&copy=2>", "write to <tom@a.org> or <https://a.org/?x=1&copy=2>"),
+    ("class Node<S> { Optional<U> m; Vec::<a>::new() }", "class Node<S> { Optional<U> m; Vec::<a>::new() }"),
+    ("if x <b > y, type <title> here, useState<Form>()", "if x <b > y, type <title> here, useState<Form>()"),
+    ('<!DOCTYPE html><td nowrap>one</td><img src="a" alt="a > b">two', "one\n\ntwo"),
     ("<user> hi <3 </user>", "<user> hi <3 </user>"), ("\\begin{a} x_1 < y & z \\\\ \\end{a}", "\\begin{a} x_1 < y & z \\\\ \\end{a}"),
     ("one<br/>two<BR>three<td>four</td><li>five", "one\ntwo\nthree\nfour\n\nfive"),
+    ("    a = 1\n    b = 2", "    a = 1\n    b = 2"),
     ('a <a href="https://b.c" class=x>link</a>, <b>bold</b> H<sub>2</sub>O', "a link, bold H2O"),
     ("&lt;b&gt; &amp;amp; &#233; &eacute;", "<b> &amp; é é"), ("a<!-- <p>no</p> -->b <script>x<y</script>c", "ab c")])
 def test_4_only_html_is_dropped_and_words_stay_apart(tmp_path, raw, kept):
@@ -138,7 +144,7 @@ def test_4_only_html_is_dropped_and_words_stay_apart(tmp_path, raw, kept):
 
 def test_4_dialogues_and_code_stay_as_they_are(tmp_path):
     turns = [{"role": "user", "content": "Write <b>Hi</b> as a page"},
-             {"role": "assistant", "content": "<h1>Hi</h1><p>One.</p> vector<int> v; if a<b and c>d &amp;"}]
+             {"role": "assistant", "content": "    <h1>Hi</h1><p>One.</p>\n\n\n\n vector<int> v; if a<b and c>d &amp;"}]
     assert corpus_of(tmp_path, {"messages": turns})[0] == [{"messages": turns}]
 
 
@@ -172,7 +178,7 @@ def guard():
     signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-@pytest.mark.parametrize("text", ENDLESS)
+@pytest.mark.parametrize("text", [*ENDLESS, "-\n" * 150_000, "。\n" * 150_000, '."\n' * 100_000, "<a x='" * 60_000])
 def test_11_reading_takes_time_in_proportion(guard, text):
     document = synth.document_of({"text": 3 * text})
     synth.document_of({"messages": [{"role": "user", "content": 3 * text + "a"}]})
@@ -206,7 +212,7 @@ def test_12_words_without_end_are_not_spoken(tmp_path, word):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("won\xadder\u200bful ball", 2), ("\u2060soft\ufeffly", 1), ("i\u200dt is\u200e red", 3), ("می\u200cخواهم", 1), ("क्\u200dष", 1)])
+    ("won\xadder\u200bful ball", 2), ("\u2060soft\ufeffly", 1), ("i\u200dt is\u200e red", 3), ("می\u200cخواهم", 1), ("क्\u200dष", 1), ("ขอ\u200bบคุณ", 2), ("a\u061cb", 1)])
 def test_19_signs_that_are_not_seen_cut_no_word(tmp_path, text, words):
     (document,), _ = corpus_of(tmp_path, {"text": text})
     assert synth.count_words(document["text"]) == words
@@ -214,7 +220,9 @@ def test_19_signs_that_are_not_seen_cut_no_word(tmp_path, text, words):
         assert document["text"].isascii()
 
 
-@pytest.mark.parametrize("text", ["i love it 😂 so much", "it is 20° in © here", "go → there and 👩‍🚀 ok", "snow ☃️ is cold"])
+@pytest.mark.parametrize("text", ["i love it 😂 so much", "it is 20° in © here", "go → there and 👩‍🚀 ok", "snow ☃️ is cold", "really‼ yes", "it is ５㎡", "￼ here", "١٢٣ birds", "20 ℃",
+                                  "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ", "see ftp://a.b", "in /etc/passwd", "open index.js",
+                                  "if (a && b) return", "i++ and j", "9f86d081884c7d659a2feaa0c55ad015 is it"])
 def test_20_symbols_stay_text(text):
     assert not synth.speakable(text, "en") and not synth.speakable(text, "zh")
 
@@ -236,7 +244,15 @@ def test_22_a_corpus_without_dev_is_said(tmp_path, capsys):
         "no gap curve")
 
 
+def test_22_lines_that_are_no_utf8_and_texts_without_lang(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n{"text": "b", "language": "de"}\n' + b"[" * 200_000)
+    left_out = Counter()
+    assert list(synth.read_documents(str(tmp_path / "a.jsonl"), left_out)) == [{"text": "a"}, {"text": "b", "lang": "de"}]
+    assert left_out.total() == 2
+
+
 def test_22_hard_wrapped_lines_are_one_sentence():
+    assert len(synth.sentences("Он пошёл в\nшколу утром.")) == 1
     text = "The ball that tom has\nput in the old\ngarden is red.\nHe likes it\n\nand more"
     assert [text[a:b] for a, b in synth.sentences(text)] == [
         "The ball that tom has\nput in the old\ngarden is red.", "He likes it", "and more"]
@@ -267,6 +283,8 @@ def test_10_answers_of_nothing_are_left_out(tmp_path, answer):
                    {"role": "assistant", "content": "hello"}]}, [("user", "hi\nthere"), ("assistant", "hello")]),
     ({"conversations": [{"from": "system", "value": ""}, {"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
      [("user", "hi"), ("assistant", "hello")]),
+    ({"conversations": [{"from": "human", "value": "hi"}], "system": "Answer in French.", "tools": ""},
+     [("system", "Answer in French."), ("user", "hi")]),
     ({"messages": [{"role": "developer", "content": "be short"}, {"role": "user", "content": "hi", "name": "tom"},
                    {"role": "assistant", "content": "hello", "tool_calls": None}]},
      [("system", "be short"), ("user", "hi"), ("assistant", "hello")])])
@@ -277,8 +295,9 @@ def test_17_dialogues_as_servers_write_them(tmp_path, row, messages):
 
 @pytest.mark.parametrize("turns, reason", [
     ([ASKED, {"role": "assistant", "content": None, "tool_calls": []}, {"role": "tool", "content": "x"},
-      {"role": "assistant", "content": "red"}], "a turn says nothing"),
+      {"role": "assistant", "content": "red"}], "a turn says nothing"), ([ASKED, {"role": "tool", "content": "x"}], "a turn is neither"),
     ([ASKED, {"role": "function", "name": "f", "content": "3"}], "a turn is neither the system's"),
+    ([ASKED, {"role": "assistant", "content": "red", "tool_calls": [{"id": 1}]}], "a turn is neither the system's"),
     ([{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": ""}}]}], "of another shape"),
     ([{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": "what is it"}]}], "of another shape"),
     (["hi", "hello"], "of another shape"), ("hello", "of another shape"), ([{"from": "bing", "value": "a"}], "a turn is neither")])
@@ -294,7 +313,7 @@ def test_17_one_line_never_refuses_a_corpus(tmp_path):
     path.write_text('[\n {"text": "one"},\n {"text": "two"}\n]\n{"text": "thr\n["text"]\n{"title": 3}\n\n{"text": "four."}\n')
     left_out = Counter()
     assert list(synth.read_documents(str(path), left_out)) == [{"text": "two"}, {"text": "four."}]
-    assert left_out == {"no JSON object, or of another shape": 5, "it has no text and no messages": 1}
+    assert left_out == {"no UTF-8, no JSON object, or of another shape": 5, "it has no text and no messages": 1}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,9 +332,13 @@ THOUGHT = "<think>\nWell, let me see, it is short.\n</think>\n\n"
 
 
 @pytest.mark.parametrize("response, said", [
-    (THOUGHT + "Paris is old.", "Paris is old."), ("Well, it is\n</think>\nParis.", "Paris."), ("<think>Well, it", ""),
+    ("The tags are <think> and </think>.", "The tags are <think> and </think>."), ("\ufeff<think>hm", None),
+    ("<think>hm</think>Paris, as </think> says.", "Paris, as </think> says."),
+    ("<|channel|>analysis<|message|>a, b<|end|><|start|>assistant<|channel|>final<|message|>Paris.<|return|>", "Paris."),
+    ("<seed:think>a, b</seed:think>Paris.", "Paris."), ("<think>\n\n</think>\n\nParis.", "Paris."),
+    (THOUGHT + "Paris is old.", "Paris is old."), ("Well, it is\n</think>\nParis.", "Paris."), ("<think>Well, it", None),
     ("<THINKING>a</THINKING> Paris.", "Paris."), ("[THINK]a, b[/THINK]Paris.", "Paris."), ("◁think▷a, b◁/think▷Paris.", "Paris."),
-    ("<think>a</think><think>b</think>Paris.", "Paris."), ("<think>a</think>\n <think>b", ""), ("I think. <b>", "I think. <b>"),
+    ("<think>a</think><think>b</think>Paris.", "Paris."), ("<think>a</think>\n <think>b", None), ("I think. <b>", "I think. <b>"),
     ("Say <think> to think.", "Say <think> to think.")])
 def test_5_what_follows_the_thinking_is_scored(tmp_path, response, said):
     path = lines(tmp_path / "a.jsonl", {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}],
@@ -349,7 +372,18 @@ RIGHT = [
     (WORDS, {"num_words": 10, "relation": "at least"}, "Hello is 你好 in Chinese and a billion people say it every day."),
     (WORDS, {"num_words": 5, "relation": "at least"}, "我喜欢苹果 and tea"),
     ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "Hello is 你好 there. It is nice."),
-    (WORDS, {"num_words": 1.0, "relation": "at least", "num_bullets": float("nan")}, "Yes.")]
+    (WORDS, {"num_words": 1.0, "relation": "at least", "num_bullets": float("nan")}, "Yes."),
+    (WORDS, {"num_words": "1", "relation": "at least", "num_bullets": None}, "Yes."),
+    ("language:response_language", {"language": "zh"}, "Python是一种编程语言。"), ("language:response_language", {"language": "zh"}, "謝謝您的幫助！"),
+    ("language:response_language", {"language": "EN"}, "This is the answer to what you have asked me."),
+    ("keywords:forbidden_words", {"forbidden_words": ["кот"]}, "Мальчик, который спит."),
+    ("keywords:existence", {"keywords": ["ice-cream", "café"]}, "Ice\u2011cream in a cafe\u0301."),
+    ("length_constraints:number_sentences", {"num_sentences": 3, "relation": "less than"}, "他说：“你好。我很好。”"),
+    ("length_constraints:number_sentences", {"num_sentences": 2, "relation": "at least"}, "He said “Go.” She went."),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* * *\n* a\n* b\n- - -"),
+    ("detectable_content:postscript", {"postscript_marker": "附言："}, "再见。\n附言： 保重"),
+    ("keywords:letter_frequency", {"letter": "“", "let_frequency": 1, "let_relation": "at least"}, "“Yes.”"),
+    (N, PARIS | {"first_word": "周末"}, "一\n\n「周末」很好。")]
 WRONG = [
     ("startend:end_checker", {"end_phrase": "!!!"}, "Nothing of the kind."), ("startend:end_checker", {"end_phrase": "..."}, "No!"),
     ("startend:end_checker", {"end_phrase": "。"}, "好！"), ("keywords:forbidden_words", {"forbidden_words": ["C++"]}, "I like c++ a lot."),
@@ -359,7 +393,11 @@ WRONG = [
     ("detectable_format:json_format", {}, "```json\nInfinity\n```"),
     ("keywords:frequency", {"keyword": "don't", "frequency": 1, "relation": "less than"}, "I don’t know."),
     ("detectable_format:number_bullet_lists", {"num_bullets": 3}, "Fruit\n---\n- apple\n- pear"),
-    (WORDS, {"num_words": 5, "relation": "at least"}, "我喜欢苹 tea")]
+    (WORDS, {"num_words": 5, "relation": "at least"}, "我喜欢苹 tea"),
+    ("language:response_language", {"language": "ko"}, "謝謝您的幫助！"),
+    ("startend:end_checker", {"end_phrase": "the end"}, "ok bathe end"), ("startend:end_checker", {"end_phrase": "any more"}, "Too many more"),
+    ("keywords:forbidden_words", {"forbidden_words": ["ice-cream"]}, "ice\u2011cream"),
+    (N, PARIS | {"first_word": "кот"}, "a\n\nКоторый")]
 
 
 @pytest.mark.parametrize("name, kwargs, response", RIGHT)
@@ -373,6 +411,24 @@ def test_6_wrong_answers_fail(tmp_path, name, kwargs, response):
 
 
 ROW = {"prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}], "response": "Yes."}
+
+
+def test_18_null_and_nan_are_nothing(tmp_path):
+    """As tables write the fields that a row lacks; half a character is no error either."""
+    nothing = {"asked": None, "audio_path": float("nan"), "withdrawn": None, "truncated": float("nan"), "lang": None}
+    path = lines(tmp_path / "a.jsonl", ROW | nothing, ROW | nothing | {"response": float("nan")})
+    rows = bench.read_rows(path, suite="closed", condition="standard", lang="en")
+    assert [(row["mode"], row["lang"], row.get("response")) for row in rows] == [("typed", "en", "Yes."), ("typed", "en", None)]
+    assert bench.jsonl([{"response": "a\ud83d"}]) == b'{"response": "a?"}\n'
+
+
+@pytest.mark.parametrize("change", [
+    {"instruction_id_list": ["keywords:existence"], "kwargs": [{"keywords": "paris"}]},
+    {"instruction_id_list": [WORDS], "kwargs": [{"num_words": float("inf"), "relation": "at least"}]},
+    {"suite": "open", "decomposed_questions": ["a"], "pred_score": '["YES"]'}])
+def test_18_what_cannot_be_meant_is_a_sentence(tmp_path, change):
+    with pytest.raises(UserError, match="row 1 cannot be scored"):
+        bench.read_rows(lines(tmp_path / "a.jsonl", ROW | change), suite="closed", condition="standard", lang="en")
 
 
 @pytest.mark.parametrize("data", [
@@ -393,6 +449,7 @@ def test_18_a_file_without_any_response_is_refused(tmp_path, field):
 @pytest.mark.parametrize("reply, vote", [
     ('Sure! Here is my verdict:\n["YES", "NO"]', [True, False]), ('<think>["NO", "NO"]?</think>["YES", "NO"]', [True, False]),
     ('```json\n["YES", "NO"]\n```\nLet me know.', [True, False]), ("First [NO, NO], on reflection [YES, NO].", [True, False]),
+    ('["YES", "NO"]\n\nNote: see [A]. [END] []', [True, False]), ("[“Yes”, “No.”]", [True, False]),
     ('<think>["YES", "NO"]', None), ('["YES"]', None), ("YES, NO", None), ('["YES", "MAYBE"]', None)])
 def test_22_judges_that_think_or_greet(reply, vote):
     assert bench.vote_of(reply, 2) == vote
@@ -463,7 +520,8 @@ def test_15_a_run_goes_on_whatever_its_folders_are_called(tmp_path, monkeypatch)
     ("model.text.num_key_value_heads=2", "must be a multiple of num_key_value_heads"), ("model.audio.d_model=161", "d_model must be"),
     ("model.audio.max_source_positions=500", "must be 1500 or more"), ("model.text.vocab_size=200", "must be 262 or more"),
     ("synth.gate.max_seconds=60", "at most 30"), ("train.stages.sft.mix={chat: 0}", "mix gives no recipe a share"),
-    ("synth.workers=0", "workers=0 must be above 0")])
+    ("synth.workers=0", "workers=0 must be above 0"), ("train.stages.sft.lr_scale={encoder: 0, adapter: 0, lm: 0}", "lr_scale has encoder"),
+    ("synth.tasks={transcribe: 0}", "synth.tasks gives shares to")])
 def test_16_numbers_that_mean_nothing_or_contradict(argument, sentence):
     with pytest.raises(UserError, match=re.escape(sentence)):
         synth.load_config([argument])

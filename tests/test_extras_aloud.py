@@ -71,6 +71,8 @@ def test_examples_in_docstrings_hold():
      "写300 以上字，用方括号中的名字和 两个星号 粗体 两个星号 ，1/2。"),
     ("Meet on 01/02/2023, 24/7, and/or at 5 km/h.", "en", "Meet on 01/02/2023, 24/7, and or at 5 km per h."),
     ("yes/no, he/she, 1/2 cup, 100 m/s", "en", "yes or no, he or she, 1/2 cup, 100 m per s"),
+    ("3 yes/no questions, 5 pros/cons: N/A or twice/day in src/main.py.", "en",
+     "3 yes or no questions, 5 pros or cons: N/A or twice per day in src/main.py."),
     ("苹果/梨，和/或 5米/秒", "zh", "苹果或梨，和 或 5米每秒"),
     ("用《》标出题目", "zh", "用 书名号 标出题目")])
 def test_what_nobody_would_say_is_worded(text, lang, spoken):
@@ -105,7 +107,7 @@ def test_voices_are_unheard_and_of_the_prompts_language(rows):
         table = c.bench.accents if row["condition"] == "accent" else c.synth.accents
         assert accent in table[row["lang"]]
     assert {row["variant"] for row in rows if row["condition"] == "background noise"} == {
-        "pink 20 dB", "white 20 dB", "babble 10 dB"}
+        "white 20 dB", "babble 20 dB", "pink 10 dB"}
     assert {row["variant"] for row in rows if row["condition"] == "paralinguistic"} <= {"shout", "child", "old"}
 
 

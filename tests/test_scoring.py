@@ -220,7 +220,7 @@ def test_properties_of_random_answers():
         assert strict("keywords:forbidden_words", forbidden_words=["春天"]) == (said and "春天" not in text)
         assert strict("detectable_format:constrained_response") == ("My answer is no." in text)
         bare = "".join(c for c in text.strip() if c not in ",，.!？?。*[]【】<>《》\"“”{}'—-")
-        assert strict("startend:end_checker", end_phrase="apple!") == bare.rstrip().endswith("apple")
+        assert strict("startend:end_checker", end_phrase="apple!") == bool(re.search(r"(?<![^\W_一-鿿])apple$", bare.rstrip()))
         for number in (1, 2, 5):
             for name, key, relation, more in (
                     ("length_constraints:number_words", "num_words", "relation", {}),
@@ -503,7 +503,7 @@ def test_a_run_is_asked_with_a_folder(official, run, capsys):
     out = capsys.readouterr().out
     assert "mean-instruction" in out and "spoken / typed" in out and "never to stand" not in out
     page = Path("runs/tiny/bench-sib/report.html").read_text()
-    assert page.count("<section") == 23 and page.count("<svg") == 2 and "://" not in page
+    assert page.count("<section") == 33 and page.count("<svg") == 2 and "://" not in page
     assert Path(page.split('src="')[1].split('"')[0]).is_file()
 
 
@@ -752,7 +752,7 @@ GOOD = row(1, "a b", NO_COMMA)
         ({"response": ["a"]}, "response must be text"), ({"kwargs": [None]}, "cannot be scored"),
         ({"kwargs": [{"num": 1}]}, "cannot be scored .*num")]],
     *[(json.dumps(row(1, "a", (name, kwargs))).encode(), "cannot be scored") for name, kwargs in [
-        ("length_constraints:number_words", {"num_words": "3", "relation": LESS}),
+        ("length_constraints:number_words", {"num_words": "three", "relation": LESS}),
         ("length_constraints:number_words", {"num_words": 3, "relation": "more than"}),
         ("length_constraints:number_words", {"num_words": None, "relation": LESS}),
         ("keywords:existence", {"keywords": [1]}),

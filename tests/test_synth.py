@@ -180,7 +180,7 @@ def test_the_command_line_ends_with_status_2(tmp_path):
     assert "nearest valid key is synth.share" in refused(command("synth.shre=1", folder=tmp_path))
     assert "no_such/*.txt' matches no file" in refused(command("synth.corpus=no_such/*.txt", folder=tmp_path))
     (tmp_path / "b.ndjson").write_text('{"text": \n')
-    assert "1 lines left out: no JSON object" in refused(command("synth.corpus=*.ndjson", folder=tmp_path))
+    assert "no JSON object, or of another shape" in refused(command("synth.corpus=*.ndjson", folder=tmp_path))
     assert "no accent 'en-su'; nearest valid: en-us" in refused(command(*SMALL, "synth.accents={en: [en-su]}", folder=tmp_path))
     assert refused(command("synth.rate=[1", folder=tmp_path)).startswith("ParserError: ")
     assert "without shard" in refused(command("fresh=true", "shard=0/2", folder=tmp_path))
@@ -375,7 +375,7 @@ def test_facts_that_are_asked_for_in_a_story_get_the_right_reply():
     ("I <3 you, 3<4>2 and 球<好>", "I <3 you, 3<4>2 and 球<好>"),
 ])
 def test_cleaning_keeps_text_and_drops_markup_and_control_characters(raw, kept):
-    assert synth.clean(synth.without_markup(raw)) == kept
+    assert synth.document_of({"text": raw}) == {"text": kept}
 
 
 def write_corpus_files(folder):
@@ -401,15 +401,15 @@ def test_a_users_corpus_is_streamed_into_shards(tmp_path):
 
 
 @pytest.mark.parametrize("name, data, sentence", [
-    ("a.jsonl", b'{"text": \n', r"holds no text to train on .*1 lines left out: no JSON object"),
-    ("a.jsonl", b'["text"]\n', "1 lines left out: no JSON object, or of another shape"),
+    ("a.jsonl", b'{"text": \n', r"holds no text to train on .*1 lines left out: no UTF-8, no JSON object"),
+    ("a.jsonl", b'["text"]\n', "1 lines left out: no UTF-8, no JSON object, or of another shape"),
     ("a.jsonl", b'{"title": "a"}\n', "1 lines left out: it has no text and no messages"),
     ("a.jsonl", b'\n\n{"text": 3}\n', "1 lines left out: it has no text"),
     ("a.jsonl", b'{"messages": [{"role": "robot", "content": "a"}]}\n', "left out: a turn is neither the system's"),
     ("a.jsonl", b'{"messages": "hello"}\n', "1 lines left out"),
     ("a.jsonl", b'{"text": "a ball", "spoken": [3, 3]}\n', "left out: spoken is no range of characters"),
     ("a.jsonl", b'{"text": "a ball", "spoken": "all"}\n', "1 lines left out"),
-    ("a.txt", b"caf\xe9\n", r"a\.txt cannot be read to its end .*codec can't decode"),
+    ("a.txt", b"caf\xe9\n", r"1 lines left out: no UTF-8"),
     ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz cannot be read to its end"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], r"a\.jsonl\.gz cannot be read to its end"),
     ("a.txt", b" \n<p></p>\n", "holds no text"),
