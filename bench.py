@@ -607,9 +607,9 @@ def estimate(counts, resamples):
     if not any(bottom):
         return None
     drawn = np.random.default_rng(len(top)).integers(len(top), size=(resamples, len(top)))
-    with np.errstate(invalid="ignore"):                     # a resample may have denominators of 0 alone
-        ratios = top[drawn].sum(1) / bottom[drawn].sum(1)             # (resamples,)
-    return [float(top.sum() / bottom.sum()), *np.nanpercentile(ratios, [2.5, 97.5]).tolist()]
+    tops, bottoms = top[drawn].sum(1), bottom[drawn].sum(1)           # (resamples,) each
+    ratios = tops[bottoms > 0] / bottoms[bottoms > 0]       # a resample may have denominators of 0 alone
+    return [float(top.sum() / bottom.sum()), *np.percentile(ratios, [2.5, 97.5]).tolist()]
 
 
 def figure(rows, metric, resamples):

@@ -367,7 +367,7 @@ def plain_text(document, settings, rng, voice_for):
 def chat(document, settings, rng, voice_for):
     """Fine-tuning: dialogues whose questions are spoken or typed; the answers alone are targets.
 
-    A document that is no dialogue gives no sample.
+    A document that is no dialogue with an answer gives no sample.
 
     >>> turns = [{"role": "user", "content": "is it red"}, {"role": "assistant", "content": "yes."}]
     >>> settings = load_config(["synth.spoken_questions=1"]).synth
@@ -375,8 +375,8 @@ def chat(document, settings, rng, voice_for):
     >>> [(part["role"], part["text"], part["loss"]) for parts in parts_of(sample) for part in parts]
     [('speech', 'is it red', False), ('text', 'yes.', True)]
     """
-    if "messages" in document:
-        turns = document["messages"]
+    turns = document.get("messages", [])
+    if any(turn["role"] == "assistant" for turn in turns):
         ranges = [spoken_range(turn, settings.spoken_questions, None, rng) for turn in turns]
         yield splice_dialogue(turns, ranges, ("assistant",), voice_for)
 
@@ -1331,8 +1331,6 @@ EXPECTED = {"UserError", "OSError", "YAMLError", "JSONDecodeError", "UnicodeDeco
 
 class Settings(dict):
     """A section of the settings: c.train.clip is c["train"]["clip"]."""
-
-    __setattr__ = dict.__setitem__
 
     def __getattr__(self, key):
         if key not in self:

@@ -94,6 +94,13 @@ def draw(suite, count, seed="test"):
     return bench.draw_tasks(function, count, random.Random(seed))
 
 
+def test_a_ratio_to_rare_successes_has_a_finite_interval():
+    """Resamples without any success of the other are left out."""
+    value, low, high = bench.estimate([(1, 1), (1, 0), *[(0, 0)] * 18], 2000)
+    assert value == 2 and np.isfinite([low, high]).all() and low <= value <= high
+    assert bench.estimate([(1, 0), (0, 0)], 2000) is None
+
+
 @pytest.mark.parametrize("suite, count", [("closed", 1400), ("adjustment", 450)])
 def test_references_follow_their_own_instructions(suite, count):
     rows = [task | {"suite": suite, "condition": "standard", "response": task["answer"]} for task in draw(suite, count)]
