@@ -109,8 +109,9 @@ def read_rows(path, **known):
         where = f"{path} row {number}"
         if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
             raise UserError(f"{where} is a row without prompt; every row needs one.")
-        row = known | {name: value for name, value in row.items() if value is not None and value == value}
-        row["mode"] = "spoken" if "audio_path" in row else "as spoken" if "asked" in row else "typed"
+        given = {name: value for name, value in row.items() if value is not None and value == value}
+        row = dict.fromkeys(row) | known | given
+        row["mode"] = "spoken" if "audio_path" in given else "as spoken" if "asked" in given else "typed"
         check_row(row, where)
         if row.get("response"):
             said = without_thinking(row["response"])
@@ -528,13 +529,13 @@ def verdicts(row):
     if re.match("<[123]>", response):                                 # as the official code does
         response = response[3:].strip()
     scored = row | strict_and_loose(response, row)
-    if "withdrawn" in row:
+    if row.get("withdrawn") is not None:
         scored["withdrawn_strict"] = follows(response, row["withdrawn"])
     return scored
 
 
 def is_judged(row):
-    return row["suite"] == "open" or (row["suite"] == "adjustment" and "withdrawn" not in row)
+    return row["suite"] == "open" or (row["suite"] == "adjustment" and row.get("withdrawn") is None)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1413,18 +1413,14 @@ def evaluate(c, model, tok):
     for sample, clips in dev_samples(c, "text"):
         sums["text characters"] += sum(len(part["text"]) for part in itertools.chain(*synth.parts_of(sample)))
         sums["text"] += nats(c, model, encode(sample, clips, tok))
-    asked = []
-    for sample, clips in dev_samples(c, "chat"):
-        opening, right = first_exchange(sample)
-        prompts = {how: encode(opening, clips, tok, typed=how == "typed", reply=True)
-                   for how in ("spoken", "typed")}
-        if prompts["spoken"].clips:
-            asked.append((prompts, right))
+    asked = [(*first_exchange(sample), clips) for sample, clips in dev_samples(c, "chat")]
+    asked = [(opening, right, clips) for opening, right, clips in asked if right and has_speech(opening)]
     sums["questions"] += len(asked)
     for how in ("spoken", "typed"):
-        replies = complete(model, tok, [prompts[how] for prompts, _ in asked], c.bench.max_tokens,
-                           c.bench.batch)
-        sums[f"obeys {how}"] += sum(reply == right for (reply, _), (_, right) in zip(replies, asked))
+        prompts = [encode(opening, clips, tok, typed=how == "typed", reply=True)
+                   for opening, _, clips in asked]
+        replies = complete(model, tok, prompts, c.bench.max_tokens, c.bench.batch)
+        sums[f"obeys {how}"] += sum(reply == right for (reply, _), (_, right, _) in zip(replies, asked))
     counted = {"heard": "characters", "typed": "characters", "text": "text characters",
                "obeys spoken": "questions", "obeys typed": "questions"}
     total = sum_over_ranks({name: sums[name] for name in [*counted, *counted.values()]})
@@ -1467,7 +1463,7 @@ def after_speech(sample):
 
 
 def first_exchange(sample):
-    """A dialogue up to its first answer, and that answer.
+    """A dialogue up to its first answer, and that answer; the empty text where there is none.
 
     >>> said = [("user", "hi"), ("assistant", "hello"), ("user", "bye")]
     >>> turns = [{"role": role, "content": [synth.text_part(text, False)]} for role, text in said]
@@ -1475,10 +1471,15 @@ def first_exchange(sample):
     >>> len(opening["messages"]), reply
     (1, 'hello')
     """
-    messages = sample["messages"]
-    first = [message["role"] for message in messages].index("assistant")
-    reply = "".join(part["text"] for part in messages[first]["content"])
-    return {"parts": None, "messages": messages[:first]}, reply
+    roles = [message["role"] for message in sample["messages"]]
+    first = roles.index("assistant") if "assistant" in roles else len(roles)
+    opening = {"parts": None, "messages": sample["messages"][:first]}
+    answers = sample["messages"][first:first + 1]
+    return opening, "".join(part["text"] for message in answers for part in message["content"])
+
+
+def has_speech(sample):
+    return any(part["role"] == "speech" for part in itertools.chain(*synth.parts_of(sample)))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ def measure(seed):
     for arm, teacher in ARMS.items():
         arms.ARMS[arm] = arms.ARMS["InSerter"]
         for run, lines in arms.arm_commands(seed, arm).items():
+            lines[0].append("train.stretch=0.0")            # as results/arms-*.json were made
             if not run.endswith("-sft"):
                 lines[0] = ["experiments/distill.py", *lines[0][1:], *teacher]
             if run not in rows:
