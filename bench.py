@@ -273,8 +273,8 @@ def ends_with(text, end_phrase):
 CHECKS = {
     "change_case:capital_word_frequency": lambda text, capital_frequency, capital_relation:
         compare(capital_words(text), capital_relation, capital_frequency),
-    "change_case:english_capital": lambda text: text.isupper() and language_of(text.lower()) == "en",
-    "change_case:english_lowercase": lambda text: text.islower() and language_of(text) == "en",
+    "change_case:english_capital": lambda text: text.isupper() and speaks(text, "en"),
+    "change_case:english_lowercase": lambda text: text.islower() and speaks(text, "en"),
     "combination:repeat_prompt": lambda text, prompt_to_repeat:
         plain(text).startswith(plain(prompt_to_repeat)),
     "combination:two_responses": two_responses,
