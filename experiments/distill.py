@@ -1,8 +1,9 @@
 """Obeying as it reads: half of the loss of a document with speech becomes the KL to what a reader says.
 
 The reader gets the same document typed. At every target its distribution is p, that of the model that hears
-is q, and the loss of the target is (1 - kl) * cross-entropy + kl * KL(p || q). Documents without speech, and
-stages by CTC, are trained as ever. Two readers:
+is q, and the loss of the target is (1 - kl) * cross-entropy + kl * KL(p || q). Documents without speech,
+transcription (its reader copies; the KL to it unlearns hearing) and stages by CTC are trained as ever. Two
+readers:
 
     teacher=itself    the model as it stands, without a gradient
     teacher=frozen    the checkpoint model.from, as the run found it
@@ -17,6 +18,7 @@ read samples, which import this file too.
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +33,7 @@ import synth                                 # noqa: E402
 from inserter import IGNORE                  # noqa: E402
 
 ARMS = {"KL to itself": ["teacher=itself"], "frozen reader, KL": ["teacher=frozen"]}
-KEYS = ("typed_ids", "typed_labels", "typed_lengths", "of_speech")
+KEYS = ("typed_ids", "typed_labels", "typed_lengths", "by_kl")
 original = {name: getattr(inserter, name) for name in ("read_encoded", "collate")}
 original["forward"] = inserter.InSerter.forward
 settings = {}                                # teacher: None for the model itself; kl
@@ -40,23 +42,23 @@ settings = {}                                # teacher: None for the model itsel
 # 1. Data: every document twice, heard and typed. The targets are the same tokens in the same order ---------
 
 def read_encoded(path, number, tok):
-    """As inserter.py's; `typed` is the same sample as it is read."""
+    """As inserter.py's; `typed` is the same sample as it is read, `by_kl` says whether a reader teaches it."""
     sample, files = synth.read_sample(path, number)
     encoded = inserter.encode(sample, inserter.decoded(files), tok)
     encoded.typed = inserter.encode(sample, {}, tok, typed=True)
+    encoded.by_kl = bool(encoded.clips) and Path(path).parent.name != "tasks"
     return encoded
 
 
 def collate(documents, mels, stretch=0.0, seed=""):
-    """As inserter.py's, with the typed documents; of_speech (targets,): is it a document with speech?"""
+    """As inserter.py's, with the typed documents; by_kl (targets,): does the reader teach it?"""
     batch = original["collate"](documents, mels, stretch, seed)
     if hasattr(documents[0], "typed"):
         typed = original["collate"]([document.typed for document in documents], mels)
-        of_speech = [bool(document.clips) for document in documents
-                     for label in document.labels if label != IGNORE]
+        by_kl = [document.by_kl for document in documents for label in document.labels if label != IGNORE]
         batch |= {"typed_ids": typed["ids"], "typed_labels": typed["labels"],
                   "typed_lengths": typed["lengths"],
-                  "of_speech": torch.tensor(of_speech, dtype=torch.bool)}
+                  "by_kl": torch.tensor(by_kl, dtype=torch.bool)}
     return batch
 
 
@@ -82,19 +84,19 @@ def forward(self, batch, chunk, classes=None):
         read, same = at_targets(reader, batch["typed_ids"], batch["typed_labels"], batch["typed_lengths"],
                                 batch["mel"][:0], batch["frames"][:0])
     assert torch.equal(targets, same), "the documents that are heard and typed have other targets"
-    of_speech = inserter.to_device(batch["of_speech"], heard.device)
+    by_kl = inserter.to_device(batch["by_kl"], heard.device)
     head = self.language_model.lm_head.weight
     reader_head = reader.language_model.lm_head.weight
 
-    def losses(heard, read, targets, of_speech):
+    def losses(heard, read, targets, by_kl):
         q = F.linear(heard, head).float().log_softmax(1)                # (chunk, V)
         nats = F.nll_loss(q, targets, reduction="none")
         with torch.no_grad():
             p = F.linear(read, reader_head).float().log_softmax(1)
         kl = F.kl_div(q, p, log_target=True, reduction="none").sum(1)
-        return torch.where(of_speech, (1 - settings["kl"]) * nats + settings["kl"] * kl, nats)
+        return torch.where(by_kl, (1 - settings["kl"]) * nats + settings["kl"] * kl, nats)
 
-    chunks = zip(*(x.split(chunk) for x in (heard, read, targets, of_speech)))
+    chunks = zip(*(x.split(chunk) for x in (heard, read, targets, by_kl)))
     return torch.cat([inserter.recomputed(losses, *some) for some in chunks]).sum()
 
 
@@ -106,20 +108,24 @@ inserter.InSerter.forward = forward
 # 3. Arms, and the command line -----------------------------------------------------------------------------
 
 def measure(seed):
-    """Train, fine-tune and ask the arms of a seed, one after the other."""
+    """Train, fine-tune and ask the arms of a seed, both at once."""
     path = ROOT / "results" / f"distill-{seed}.json"
     rows = json.loads(path.read_text())["runs"] if path.is_file() else {}
-    for arm, teacher in ARMS.items():
-        arms.ARMS[arm] = arms.ARMS["InSerter"]
+
+    def make(arm):
         for run, lines in arms.arm_commands(seed, arm).items():
             lines[0].append("train.stretch=0.0")            # as results/arms-*.json were made
             if not run.endswith("-sft"):
-                lines[0] = ["experiments/distill.py", *lines[0][1:], *teacher]
+                lines[0] = ["experiments/distill.py", *lines[0][1:], *ARMS[arm]]
             if run not in rows:
-                arms.execute(seed, run, lines, os.cpu_count())
+                arms.execute(seed, run, lines, max(1, os.cpu_count() // len(ARMS)))
                 rows[run] = {"commands": arms.printed(lines), **arms.figures(run)}
                 synth.write_whole(path, json.dumps({"seed": seed, "runs": rows}, indent=1).encode() + b"\n")
             arms.print_row(run, seed, rows[run])
+
+    arms.ARMS.update(dict.fromkeys(ARMS, arms.ARMS["InSerter"]))
+    with ThreadPoolExecutor(len(ARMS)) as pool:
+        list(pool.map(make, ARMS))
 
 
 def main(arguments):
