@@ -114,7 +114,6 @@ def measure(seed):
 
     def make(arm):
         for run, lines in arms.arm_commands(seed, arm).items():
-            lines[0].append("train.stretch=0.0")            # as results/arms-*.json were made
             if not run.endswith("-sft"):
                 lines[0] = ["experiments/distill.py", *lines[0][1:], *ARMS[arm]]
             if run not in rows:
