@@ -3,8 +3,6 @@ import base64
 import io
 import json
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "extras"))
 import bench                                                          # noqa: E402
 import inserter                                                       # noqa: E402
 import synth                                                          # noqa: E402
+from server import CANARY, completion, serving                        # noqa: E402
 import systems                                                        # noqa: E402
 from synth import RATE, UserError                                     # noqa: E402
 
-CANARY = "sk-canary-5f1c"                     # the system's key
 NO_COMMA = {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
 WORDS = ("tea", "milk", "salt")
 SIZES = ["model.audio.d_model=32", "model.audio.encoder_layers=1", "model.audio.encoder_attention_heads=2",
@@ -76,54 +74,11 @@ def ask(*settings, to="a.jsonl"):
 # A server that speaks the OpenAI protocol, and misbehaves where it is told to
 # --------------------------------------------------------------------------------------------------
 
-class Server:
-    """`reply(message)` gives the answer's text, or (status, bytes) for anything else."""
-
-    def __init__(self, reply):
-        self.reply = reply
-        self.requests = []
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                data["authorization"] = self.headers["Authorization"]
-                server.requests.append(data)
-                reply = server.reply(data)
-                status, body = reply if isinstance(reply, tuple) else (200, completion(reply))
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.name = f"system=url:http://127.0.0.1:{self.http.server_port}/v1,some-model"
-
-
-def completion(text, reason="stop"):
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-    reply = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-    return json.dumps(reply).encode()
-
-
 @pytest.fixture
 def serve(monkeypatch):
     monkeypatch.setenv("SYSTEM_API_KEY", CANARY)
-    servers = []
-
-    def start(reply):
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
+    with serving() as start:
+        yield start
 
 
 def content_of(request):
@@ -138,7 +93,7 @@ def heard_or_read(request):
 
 def test_a_servers_answers_are_scored(prompts, serve, capsys):
     server = serve(heard_or_read)
-    rows = ask(server.name)
+    rows = ask(f"system=url:{server.name}")
     responses = {row["prompt"].split()[1] + " " + row["mode"]: row["response"] for row in rows.values()}
     assert responses == {"tea spoken": "heard 1", "milk spoken": "heard 2", "salt spoken": "heard 1",
                          "tea typed": "Read, that is.", "milk typed": "Read, that is.", "salt typed": "Read, that is."}
@@ -151,7 +106,7 @@ def test_a_servers_answers_are_scored(prompts, serve, capsys):
 
 def test_what_a_server_gets(prompts, serve):
     server = serve(heard_or_read)
-    ask(server.name, "request=Answer it.", "bench.requests=1")
+    ask(f"system=url:{server.name}", "request=Answer it.", "bench.requests=1")
     for request in server.requests:
         assert (request["model"], request["temperature"], request["max_tokens"]) == ("some-model", 0, 8)
     spoken = [content_of(request) for request in server.requests if len(content_of(request)) > 1]
@@ -166,16 +121,16 @@ def test_what_a_server_gets(prompts, serve):
 
 def test_the_same_command_goes_on(prompts, serve):
     server = serve(heard_or_read)
-    rows = ask(server.name)
-    ask(server.name)
+    rows = ask(f"system=url:{server.name}")
+    ask(f"system=url:{server.name}")
     assert len(server.requests) == 6                                 # nothing is asked twice
     lines = Path("a.jsonl").read_bytes().splitlines(keepends=True)
     Path("a.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed amid the fourth line
-    assert ask(server.name) == rows
+    assert ask(f"system=url:{server.name}") == rows
     assert len(server.requests) == 9
     with pytest.raises(UserError, match=r"other settings \(request\); choose another file than a.jsonl"):
-        ask(server.name, "request=Answer it.")
-    ask(server.name, "request=Answer it.", "fresh=true")
+        ask(f"system=url:{server.name}", "request=Answer it.")
+    ask(f"system=url:{server.name}", "request=Answer it.", "fresh=true")
     assert len(server.requests) == 15
 
 
@@ -188,7 +143,7 @@ def test_the_same_command_goes_on(prompts, serve):
 def test_a_reply_that_is_none_is_a_missing_answer(prompts, serve, capsys, reply, response, problem):
     """One refused or malformed reply ends nothing: it is counted, and scored as not followed."""
     server = serve(lambda request: reply if "milk" in str(request["messages"]) else heard_or_read(request))
-    rows = ask(server.name)
+    rows = ask(f"system=url:{server.name}")
     milk = next(row for row in rows.values() if "milk" in row["prompt"] and row["mode"] == "typed")
     assert milk["response"] == response and len(server.requests) == len(rows) == 6
     assert milk.get("truncated", False) == (response == "cut")
@@ -202,17 +157,16 @@ def test_a_reply_that_is_none_is_a_missing_answer(prompts, serve, capsys, reply,
 def test_a_server_that_refuses_is_one_sentence_and_nothing_is_lost(prompts, serve):
     server = serve(lambda request: "Tea." if len(server.requests) <= 2 else (401, b'{"error": "no"}'))
     with pytest.raises(UserError, match=r"http://127.0.0.1:\d+/v1: .*401.*; what is answered so far is kept"):
-        ask(server.name, "bench.requests=1")
+        ask(f"system=url:{server.name}", "bench.requests=1")
     assert len(Path("a.jsonl").read_bytes().splitlines()) == 2
     before = len(server.requests)
     server.reply = lambda request: "Milk."
-    rows = ask(server.name)
+    rows = ask(f"system=url:{server.name}")
     assert len(server.requests) == before + 4
     assert sorted(row["response"] for row in rows.values()) == ["Milk."] * 4 + ["Tea."] * 2
-    server.http.shutdown()
-    server.http.server_close()
+    server.close()
     with pytest.raises(UserError, match="v1: Connection error"):
-        ask(server.name, "fresh=true")
+        ask(f"system=url:{server.name}", "fresh=true")
 
 
 def test_the_key_is_written_nowhere(prompts, serve, capfd):
@@ -224,10 +178,10 @@ def test_the_key_is_written_nowhere(prompts, serve, capfd):
         return said
 
     server = serve(echo)
-    ask(server.name)
+    ask(f"system=url:{server.name}")
     server.reply = lambda request: (401, json.dumps({"error": {"message": request["authorization"]}}).encode())
     with pytest.raises(UserError) as refused:
-        ask(server.name, "fresh=true")
+        ask(f"system=url:{server.name}", "fresh=true")
     assert {request["authorization"] for request in server.requests} == {f"Bearer {CANARY}"}
     written = b"".join(path.read_bytes() for path in Path().rglob("*") if path.is_file())
     said = "".join([str(refused.value), *capfd.readouterr()])
@@ -236,7 +190,7 @@ def test_the_key_is_written_nowhere(prompts, serve, capfd):
 
 def test_a_server_without_a_key(prompts, serve, monkeypatch):
     monkeypatch.delenv("SYSTEM_API_KEY")
-    rows = ask(serve(lambda request: "none: no key was given").name)
+    rows = ask(f"system=url:{serve(lambda request: 'none: no key was given').name}")
     assert {row["response"] for row in rows.values()} == {"none: no key was given"}
 
 

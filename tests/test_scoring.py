@@ -2,9 +2,7 @@
 import json
 import random
 import re
-import threading
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import langdetect
@@ -14,6 +12,7 @@ import soundfile
 
 import bench
 import synth
+from server import CANARY, serving
 
 CHINESE_STORY = "我今天早上去公园散步，天气很好，花都开了。我和朋友们一起吃了午饭，然后回家看书，大家都非常高兴。"
 AT_LEAST, LESS = "at least", "less than"
@@ -559,57 +558,13 @@ def test_bad_rows_of_a_folder(official, row, name, sentence):
 # --------------------------------------------------------------------------------------------------
 
 openai = pytest.importorskip("openai")
-CANARY = "sk-canary-5f1c"
-
-
-class Server:
-    """`reply(request)` gives the answer's text, or (status, bytes) for anything else."""
-
-    def __init__(self, reply):
-        self.reply, self.requests = reply, []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                data["authorization"] = self.headers["Authorization"]
-                outer.requests.append(data)
-                made = outer.reply(data)
-                status, body = made if isinstance(made, tuple) else (200, completion(made))
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.send_header("x-should-retry", "false")
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.name = f"http://127.0.0.1:{self.http.server_port}/v1,some-model"
-
-
-def completion(text):
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    return json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}).encode()
 
 
 @pytest.fixture
 def serve(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    servers = []
-
-    def start(reply):
-        servers.append(Server(reply))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
+    with serving() as start:
+        yield start
 
 
 def opinion(request):
@@ -709,8 +664,7 @@ def test_a_server_that_refuses_ends_the_judging_and_nothing_is_lost(tmp_path, se
     c = synth.load_config([f"judge={server.name}", "bench.votes=2", "bench.requests=1"])
     rows = [OPEN_ROW, OPEN_ROW | {"response": "Tea is good."}]
     if status is None:
-        server.http.shutdown()
-        server.http.server_close()
+        server.close()
     with pytest.raises(openai.OpenAIError):
         bench.judge_rows(c, tmp_path / "votes.jsonl", rows)
     assert len(bench.kept_lines(tmp_path / "votes.jsonl")) == (1 if status else 0)
