@@ -20,7 +20,7 @@ the clips' words, then by transcription. Then comes the pre-training above, then
 
     torchrun inserter.py                                  train: the stages that config.yaml lists
     torchrun --nproc-per-node=4 inserter.py profile=qwen  on four GPUs
-    python inserter.py ask=question.wav                   answer a spoken question
+    python inserter.py ask=assets/question.flac           answer a spoken question
     python inserter.py ask="what colour is the sun"       or a typed one
 
 Legend  T positions of a pack   d width   Hq, Hkv query and key-value heads   D head size   V vocabulary
@@ -1375,8 +1375,14 @@ def load_audio(path):
 
 
 def load_run(c):
-    """The exported model of run c.run, on this process's device. UserError if there is none."""
+    """The exported model of run c.run, on this process's device. UserError if there is none.
+
+    Before run tiny has one, the tiny model that comes with the code answers questions.
+    """
     folder = run_folder(c) / "model"
+    if c.ask and not folder.is_dir() and (ASSETS / c.run).is_dir():
+        folder = ASSETS / c.run
+        print(f"Run {c.run} has no model yet; {folder} answers.", file=sys.stderr)
     if not folder.is_dir():
         raise UserError(f"There is no model in {folder}; train it first: torchrun inserter.py run={c.run}.")
     return load_model(folder).to(device_here()).eval(), open_tokenizer(folder)
