@@ -42,8 +42,8 @@ ARMS = {
         ("", "align", "{continuation: 1.0}", ALIGN, "own")]}
 TICKS = ["warm-up", "text only", "ASR in place\nof interleaving", "InSerter", "InSerter,\nsentence level",
          "continuation\nalone", "InSerter +\ncontinuation"]
-# No noise, which is learned faster, and half of the questions spoken. The gap curve is not shown. Arms are asked
-# before SFT too, so their rate ends low.
+# No noise, which is learned faster, and half of the questions spoken. The gap curve is not shown. Arms are
+# asked before SFT too, so their rate ends low.
 COMMON = ["synth.noise.share=0.0", "synth.spoken_questions=0.5", "train.eval_samples=16", "train.stretch=0.0",
           "train.stages.pretrain.floor=0.02"]
 WARMUP = ["train.stages.warmup_hear.steps=1530", "train.stages.pretrain.steps=0", "train.stages.sft.steps=0"]

@@ -42,7 +42,7 @@ settings = {}                                # teacher: None for the model itsel
 # 1. Data: every document twice, heard and typed. The targets are the same tokens in the same order ---------
 
 def read_encoded(path, number, tok):
-    """As inserter.py's; `typed` is the same sample as it is read, `by_kl` says whether a reader teaches it."""
+    """As inserter.py's; `typed` is the same sample as it is read; `by_kl`: a reader teaches it."""
     sample, files = synth.read_sample(path, number)
     encoded = inserter.encode(sample, inserter.decoded(files), tok)
     encoded.typed = inserter.encode(sample, {}, tok, typed=True)
