@@ -1,7 +1,13 @@
 """A small Chinese world by rule: stories, dialogues, and prompts of its own that no document asks.
 
     python experiments/chinese.py zh.jsonl ask.jsonl [documents]
-    python extras/aloud.py make=ask.jsonl to=zh-aloud
+    python synth.py run=zh data=data-zh synth.corpus=zh.jsonl synth.lang=zh synth.noise.share=0 \\
+        synth.spoken_questions=0.5
+    torchrun inserter.py run=zh data=data-zh synth.corpus=zh.jsonl synth.lang=zh synth.noise.share=0 \\
+        synth.spoken_questions=0.5 train.stages.warmup_hear.steps=700 train.stages.warmup_speech.steps=200 \\
+        train.stages.warmup_text.steps=150 train.stages.pretrain.steps=400 train.stages.sft.steps=300
+    python extras/aloud.py run=zh make=ask.jsonl to=zh-aloud
+    python bench.py run=zh prompts=zh-aloud bench.max_tokens=24
 
 zh.jsonl is a corpus for synth.py: who puts what where, and questions about it, asked in stories and in
 dialogues, there with one of three constraints or none. ask.jsonl holds prompts of facts that no document
