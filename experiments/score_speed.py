@@ -2,7 +2,6 @@
 
     python experiments/score_speed.py
 """
-import json
 import os
 import random
 import subprocess
