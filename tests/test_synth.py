@@ -81,7 +81,7 @@ def test_worked_examples():
     (["seed=1.5"], "seed .the command line. must be int, not 1.5"),
     (["fresh=1"], "fresh .the command line. must be bool, not 1"),
     (["synth.timbres=f3"], "synth.timbres .the command line. must be list, not 'f3'"),
-    (["profile=qwne"], "no profile 'qwne'; config.yaml has tiny, small, smol, qwen"),
+    (["profile=qwne"], "no profile 'qwne'; config.yaml has tiny, quick, small, smol, qwen"),
     (["synth.shards={interleavd: 3}"], "synth.shards has 'interleavd'; the nearest recipe is interleaved"),
     (["synth.shards=3"], "synth.shards .the command line. must be dict, not 3"),
     (["synth.share=1.5"], "synth.share must be from 0 to 1"),
