@@ -623,6 +623,10 @@ def paired(pairs, metric):
     return [(top, other, bottom) for (top, bottom), (other, known) in counts if bottom and known]
 
 
+def ratio(pairs, metric, resamples):
+    return estimate([(top, other) for top, other, _ in paired(pairs, metric)], resamples)
+
+
 def wording(row):
     """What is asked, whatever the voice: a spoken row is compared with the typed row of the same wording."""
     return json.dumps([row["lang"], row["suite"], row["prompt"], row.get("kwargs")])
@@ -662,16 +666,15 @@ def results(rows, resamples):
         reads, reads_words = ([(row, known[wording(row)]) for row in spoken if wording(row) in known]
                               for known in (typed, as_spoken))
         for metric in contributions(group[0]):
-            both = paired(reads, metric)
             yield {"lang": lang, "suite": suite, "condition": condition, "figure": metric,
                    "rows": len(asked),
                    "typed": figure([row for _, row in reads] if spoken else asked, metric, resamples),
                    "as spoken": figure([row for _, row in reads_words], metric, resamples),
                    "spoken": figure(spoken, metric, resamples),
-                   "gap": estimate([(other - top, of) for top, other, of in both], resamples),
-                   "spoken / typed": estimate([(top, other) for top, other, _ in both], resamples),
-                   "spoken / as spoken": estimate(
-                       [(top, other) for top, other, _ in paired(reads_words, metric)], resamples),
+                   "gap": estimate(
+                       [(other - top, of) for top, other, of in paired(reads, metric)], resamples),
+                   "spoken / typed": ratio(reads, metric, resamples),
+                   "spoken / as spoken": ratio(reads_words, metric, resamples),
                    "other prompts": figure(others, metric, resamples),
                    "silence": figure(silent, metric, resamples)}
 
@@ -685,12 +688,12 @@ def comparison(first, second, resamples):
     for (suite, condition, mode), group in grouped(first, "suite", "condition", "mode").items():
         pairs = [(row, partners[row.get("key"), suite]) for row in group]
         for metric in contributions(group[0]):
-            both = paired(pairs, metric)
             yield {"suite": suite, "condition": condition, "mode": mode, "figure": metric, "rows": len(group),
                    "first": figure(group, metric, resamples),
                    "second": figure([row for _, row in pairs], metric, resamples),
-                   "difference": estimate([(top - other, of) for top, other, of in both], resamples),
-                   "first / second": estimate([(top, other) for top, other, _ in both], resamples)}
+                   "difference": estimate(
+                       [(top - other, of) for top, other, of in paired(pairs, metric)], resamples),
+                   "first / second": ratio(pairs, metric, resamples)}
 
 
 def cell(value):

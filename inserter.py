@@ -1380,9 +1380,10 @@ def load_run(c):
     Before run tiny has one, the tiny model that comes with the code answers questions.
     """
     folder = run_folder(c) / "model"
-    if c.ask and not folder.is_dir() and (ASSETS / c.run).is_dir():
-        folder = ASSETS / c.run
-        print(f"Run {c.run} has no model yet; {folder} answers.", file=sys.stderr)
+    given = ASSETS / c.run
+    if c.ask and given.is_dir() and not folder.is_dir():
+        folder = given
+        print(f"Run {c.run} has no model yet; {given} answers.", file=sys.stderr)
     if not folder.is_dir():
         raise UserError(f"There is no model in {folder}; train it first: torchrun inserter.py run={c.run}.")
     return load_model(folder).to(device_here()).eval(), open_tokenizer(folder)

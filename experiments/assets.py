@@ -1,4 +1,4 @@
-"""The models that come with the code: a run's export, in bfloat16.
+"""The models that come with the code: a run's export, in bfloat16, without its card and settings.
 
     torchrun inserter.py && python experiments/assets.py runs/tiny/model assets/tiny
     torchrun inserter.py run=warmup train.stages.pretrain.steps=0 train.stages.sft.steps=0
@@ -24,7 +24,8 @@ def main(arguments):
     source, folder = map(Path, arguments)
     tensors = load_file(source / "model.safetensors")
     with inserter.replacing(folder) as aside:
-        shutil.copytree(source, aside, dirs_exist_ok=True)
+        shutil.copytree(source, aside, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("README.md", "config.yaml"))
         save_file({name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()},
                   aside / "model.safetensors", metadata={"format": "pt"})
     size = sum(path.stat().st_size for path in folder.iterdir())

@@ -2,7 +2,7 @@
 
 The reader gets the same document typed. At every target its distribution is p, that of the model that hears
 is q, and the loss of the target is (1 - kl) * cross-entropy + kl * KL(p || q). Documents without speech,
-transcription (its reader copies; the KL to it unlearns hearing) and stages by CTC are trained as ever. Two
+transcription (whose reader merely copies) and stages by CTC are trained as ever. Two
 readers:
 
     teacher=itself    the model as it stands, without a gradient

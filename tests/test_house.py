@@ -18,7 +18,7 @@ EXPERIMENTS = sorted(f"experiments/{path.name}" for path in (ROOT / "experiments
 COLUMNS = 110
 SCREEN = 60                                  # lines of code of the longest function
 EXTRA = 250                                  # lines of an extra
-WEIGHT = 34_500                              # tokens of the three scripts
+WEIGHT = 34_450                              # tokens of the three scripts
 SILENT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
           tokenize.ENDMARKER)
 
