@@ -3,7 +3,8 @@
     system=hf:FOLDER           a checkpoint, or a hub's name, that transformers' auto classes open for audio
                                and text: Qwen2-Audio, or the export of a run
     system=cascade:ASR,LLM     two of transformers' models: what the first hears is typed to the second, and
-                               stands in the row as "heard"
+                               stands in the row as "heard"; of a checkpoint that hears and reads, as a run's
+                               export, the LLM alone is the second
     system=url:ADDRESS,MODEL   an OpenAI-compatible server that takes audio; its key is the environment's
                                SYSTEM_API_KEY
 
@@ -102,12 +103,23 @@ def open_hf(c: Settings, name: str) -> Ask:
     return ask
 
 
+def open_llm(name: str) -> transformers.PreTrainedModel:
+    """An LLM, or that of a Qwen2-Audio."""
+    where = placement()
+    if isinstance(transformers.AutoConfig.from_pretrained(name), transformers.Qwen2AudioConfig):
+        llm = inserter.their_llm(inserter.load_model(name))
+        llm.generation_config = transformers.GenerationConfig.from_pretrained(name)
+    else:
+        llm = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=where["dtype"])
+    return llm.to(where["device"]).eval()
+
+
 def open_cascade(c: Settings, names: str) -> Ask:
     """A model that hears and one that reads what was heard. The first alone answers a transcription."""
     asr, _, llm = names.partition(",")
     hear = transformers.pipeline("automatic-speech-recognition", asr, **placement())
-    reply = transformers.pipeline("text-generation", llm, **placement())
-    tokenizer = reply.tokenizer
+    reader = open_llm(llm)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
@@ -132,7 +144,7 @@ def open_cascade(c: Settings, names: str) -> Ask:
         if wanted:
             inputs = tokenizer.apply_chat_template([asked[n] for n in wanted], add_generation_prompt=True,
                                                    padding=True, return_tensors="pt", return_dict=True)
-            answers = greedy(reply.model, tokenizer, inputs.to(reply.device), c.bench.max_tokens)
+            answers = greedy(reader, tokenizer, inputs.to(reader.device), c.bench.max_tokens)
             for n, answer in zip(wanted, answers, strict=True):
                 replies[n] |= answer
         return replies

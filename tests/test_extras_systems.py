@@ -320,6 +320,19 @@ def test_a_cascade_answers_what_it_hears(prompts, suite, models, asr):
         assert len(rows["s"]["heard"]) == 10 + systems.TOKENS_A_SECOND / 2               # the clip lasts half a second
 
 
+def test_the_llm_of_an_export_is_the_second_of_a_cascade(prompts, models):
+    """It answers what was heard as the export answers it typed; what is typed has nobody between."""
+    export = models / "export"
+    rows = ask(f"system=cascade:{models / 'whisper'},{export}")
+    model = inserter.load_model(export).eval()
+    tok = inserter.open_tokenizer(export)
+    assert len({row["mode"] for row in rows.values()}) > 1
+    for row in rows.values():
+        if row["suite"] == "closed":
+            (text, truncated), = inserter.answer(model, tok, [row.get("heard", row["prompt"])], 8, 1)
+            assert (row["response"], row["truncated"]) == (without_marks(text, export), truncated)
+
+
 # --------------------------------------------------------------------------------------------------
 # Wrong use
 # --------------------------------------------------------------------------------------------------
