@@ -2,9 +2,8 @@
 
     system=hf:FOLDER           a checkpoint, or a hub's name, that transformers' auto classes open for audio
                                and text: Qwen2-Audio, or the export of a run
-    system=cascade:ASR,LLM     two of transformers' models: what the first hears is typed to the second, and
-                               stands in the row as "heard"; of a checkpoint that hears and reads, as a run's
-                               export, the LLM alone is the second
+    system=cascade:ASR,LLM     two of transformers' models: what the first hears is typed to the second, or to
+                               the LLM of a run's export, and stands in the row as "heard"
     system=url:ADDRESS,MODEL   an OpenAI-compatible server that takes audio; its key is the environment's
                                SYSTEM_API_KEY
 
@@ -59,11 +58,8 @@ def turn_of(row: dict, folder: Path, request: str) -> Turn:
     return bench.question_of(row, folder), TRANSCRIBE if row["suite"] == "transcription" else request
 
 
-# --------------------------------------------------------------------------------------------------
-# 1. Checkpoints
-#
+# 1. Checkpoints ---------------------------------------------------------------------------------------------
 # transformers loads and generates. On a CPU in float32, on a GPU in the type of the checkpoint.
-# --------------------------------------------------------------------------------------------------
 
 def placement() -> dict:
     """Where a model stands, and in which type."""
@@ -105,13 +101,11 @@ def open_hf(c: Settings, name: str) -> Ask:
 
 def open_llm(name: str) -> transformers.PreTrainedModel:
     """An LLM, or that of a Qwen2-Audio."""
-    where = placement()
-    if isinstance(transformers.AutoConfig.from_pretrained(name), transformers.Qwen2AudioConfig):
-        llm = inserter.their_llm(inserter.load_model(name))
-        llm.generation_config = transformers.GenerationConfig.from_pretrained(name)
-    else:
-        llm = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=where["dtype"])
-    return llm.to(where["device"]).eval()
+    if not isinstance(transformers.AutoConfig.from_pretrained(name), transformers.Qwen2AudioConfig):
+        return transformers.pipeline("text-generation", name, **placement()).model
+    llm = inserter.their_llm(inserter.load_model(name))
+    llm.generation_config = transformers.GenerationConfig.from_pretrained(name)
+    return llm.to(inserter.device_here())
 
 
 def open_cascade(c: Settings, names: str) -> Ask:
@@ -151,9 +145,7 @@ def open_cascade(c: Settings, names: str) -> Ask:
     return ask
 
 
-# --------------------------------------------------------------------------------------------------
-# 2. Servers
-# --------------------------------------------------------------------------------------------------
+# 2. Servers -------------------------------------------------------------------------------------------------
 
 def open_url(c: Settings, name: str) -> Ask:
     """A server. A request that it refuses for what it asks, and a reply that is none, are missing answers."""
@@ -200,9 +192,7 @@ def wav_part(clip: np.ndarray) -> dict:
 SYSTEMS = {"hf": open_hf, "cascade": open_cascade, "url": open_url}
 
 
-# --------------------------------------------------------------------------------------------------
-# 3. The file of answers
-# --------------------------------------------------------------------------------------------------
+# 3. The file of answers -------------------------------------------------------------------------------------
 
 def read_prompts(c: Settings) -> tuple[Path, list[dict]]:
     """(where the rows' clips are looked for, the rows)"""
