@@ -59,7 +59,7 @@ def turn_of(row: dict, folder: Path, request: str) -> Turn:
 
 
 # 1. Checkpoints ---------------------------------------------------------------------------------------------
-# transformers loads and generates: on a GPU in the checkpoint's type, on a CPU and for a run's LLM in float32.
+# transformers loads and generates: on a GPU in the checkpoint's type; on a CPU, or a run's LLM, in float32.
 
 def placement() -> dict:
     """Where a model stands, and in which type."""
