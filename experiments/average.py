@@ -24,10 +24,10 @@ def average(model, start, kept, audio):
     """Move the LLM of `model` towards that of `start`, in place. audio: ids whose rows stay."""
     begun = dict(start.language_model.named_parameters())
     for name, weight in model.language_model.named_parameters():        # a matrix that is tied once
-        stay = weight[audio].clone() if len(weight) == start.config.text_config.vocab_size else None
-        weight.copy_(begun[name].lerp(weight, kept))
-        if stay is not None:
-            weight[audio] = stay
+        mean = begun[name].lerp(weight, kept)
+        if len(weight) == start.config.text_config.vocab_size:          # embeddings and head
+            mean[audio] = weight[audio]
+        weight.copy_(mean)
 
 
 def main(arguments):
