@@ -1,14 +1,14 @@
 """Obeying as it reads: half of the loss of a document with speech becomes the KL to what a reader says.
 
 The reader gets the same document typed. At every target its distribution is p, that of the model that hears
-is q, and the loss of the target is (1 - kl) * cross-entropy + kl * KL(p || q). Documents without speech,
-transcription (whose reader merely copies) and stages by CTC are trained as ever. Two
-readers:
+is q, and the loss of the target is (1 - kl) * cross-entropy + kl * KL(p || q). Transcription (whose reader
+merely copies) and stages by CTC are trained as ever; so are documents without speech, unless kl_text is above
+0: then it is their kl, against forgetting. Two readers:
 
     teacher=itself    the model as it stands, without a gradient
-    teacher=frozen    the checkpoint model.from, as the run found it
+    teacher=FOLDER    a checkpoint, frozen
 
-    torchrun experiments/distill.py run=b model.from=runs/a/model teacher=frozen kl=0.5     settings as ever
+    torchrun experiments/distill.py run=b model.from=runs/a/model teacher=runs/a/model kl=0.5    settings as ever
     python experiments/distill.py 1       arms of seed 1 into results/distill-1.json, from the warm-up and the
                                           data of `python experiments/arms.py 1`, with the same tokens and SFT
 
@@ -32,33 +32,32 @@ import inserter                              # noqa: E402
 import synth                                 # noqa: E402
 from inserter import IGNORE                  # noqa: E402
 
-ARMS = {"KL to itself": ["teacher=itself"], "frozen reader, KL": ["teacher=frozen"]}
-KEYS = ("typed_ids", "typed_labels", "typed_lengths", "by_kl")
+ARMS = {"KL to itself": "itself", "frozen reader, KL": "runs/arms-{}-warmup/model"}
+KEYS = ("typed_ids", "typed_labels", "typed_lengths", "kinds")
 original = {name: getattr(inserter, name) for name in ("read_encoded", "collate")}
 original["forward"] = inserter.InSerter.forward
-settings = {}                                # teacher: None for the model itself; kl
+settings = {}                                # teacher: None for the model itself; kl of tasks, speech and text
 
 
 # 1. Data: every document twice, heard and typed. The targets are the same tokens in the same order ---------
 
 def read_encoded(path, number, tok):
-    """As inserter.py's; `typed` is the same sample as it is read; `by_kl`: a reader teaches it."""
+    """As inserter.py's; `typed` is the same sample as it is read; `kind`: whose place in settings["kl"]."""
     sample, files = synth.read_sample(path, number)
     encoded = inserter.encode(sample, inserter.decoded(files), tok)
     encoded.typed = inserter.encode(sample, {}, tok, typed=True)
-    encoded.by_kl = bool(encoded.clips) and Path(path).parent.name != "tasks"
+    encoded.kind = 0 if Path(path).parent.name == "tasks" else 1 if encoded.clips else 2
     return encoded
 
 
 def collate(documents, mels, stretch=0.0, seed=""):
-    """As inserter.py's, with the typed documents; by_kl (targets,): does the reader teach it?"""
+    """As inserter.py's, with the typed documents; kinds (targets,)."""
     batch = original["collate"](documents, mels, stretch, seed)
     if hasattr(documents[0], "typed"):
         typed = original["collate"]([document.typed for document in documents], mels)
-        by_kl = [document.by_kl for document in documents for label in document.labels if label != IGNORE]
+        kinds = [document.kind for document in documents for label in document.labels if label != IGNORE]
         batch |= {"typed_ids": typed["ids"], "typed_labels": typed["labels"],
-                  "typed_lengths": typed["lengths"],
-                  "by_kl": torch.tensor(by_kl, dtype=torch.bool)}
+                  "typed_lengths": typed["lengths"], "kinds": torch.tensor(kinds)}
     return batch
 
 
@@ -84,19 +83,19 @@ def forward(self, batch, chunk, classes=None):
         read, same = at_targets(reader, batch["typed_ids"], batch["typed_labels"], batch["typed_lengths"],
                                 batch["mel"][:0], batch["frames"][:0])
     assert torch.equal(targets, same), "the documents that are heard and typed have other targets"
-    by_kl = inserter.to_device(batch["by_kl"], heard.device)
+    shares = inserter.to_device(torch.tensor(settings["kl"])[batch["kinds"]], heard.device)
     head = self.language_model.lm_head.weight
     reader_head = reader.language_model.lm_head.weight
 
-    def losses(heard, read, targets, by_kl):
+    def losses(heard, read, targets, share):
         q = F.linear(heard, head).float().log_softmax(1)                # (chunk, V)
         nats = F.nll_loss(q, targets, reduction="none")
         with torch.no_grad():
             p = F.linear(read, reader_head).float().log_softmax(1)
         kl = F.kl_div(q, p, log_target=True, reduction="none").sum(1)
-        return torch.where(by_kl, (1 - settings["kl"]) * nats + settings["kl"] * kl, nats)
+        return (1 - share) * nats + share * kl
 
-    chunks = zip(*(x.split(chunk) for x in (heard, read, targets, by_kl)))
+    chunks = zip(*(x.split(chunk) for x in (heard, read, targets, shares)))
     return torch.cat([inserter.recomputed(losses, *some) for some in chunks]).sum()
 
 
@@ -115,7 +114,7 @@ def measure(seed):
     def make(arm):
         for run, lines in arms.arm_commands(seed, arm).items():
             if not run.endswith("-sft"):
-                lines[0] = ["experiments/distill.py", *lines[0][1:], *ARMS[arm]]
+                lines[0] = ["experiments/distill.py", *lines[0][1:], "teacher=" + ARMS[arm].format(seed)]
             if run not in rows:
                 arms.execute(seed, run, lines, max(1, os.cpu_count() // len(ARMS)))
                 rows[run] = {"commands": arms.printed(lines), **arms.figures(run)}
@@ -130,12 +129,10 @@ def measure(seed):
 def main(arguments):
     if arguments and arguments[0].isdigit():
         return measure(int(arguments[0]))
-    c = synth.load_config(arguments, teacher="itself", kl=0.5)
-    if c.teacher not in ("itself", "frozen"):
-        raise synth.UserError(f"teacher={c.teacher} is neither itself nor frozen.")
-    settings.update(teacher=None, kl=c.kl)
-    if c.teacher == "frozen":
-        settings["teacher"] = inserter.load_model(c.model["from"]).to(inserter.device_here())
+    c = synth.load_config(arguments, teacher="itself", kl=0.5, kl_text=0.0)
+    settings.update(teacher=None, kl=[0.0, c.kl, c.kl_text])
+    if c.teacher != "itself":
+        settings["teacher"] = inserter.load_model(c.teacher).to(inserter.device_here())
     inserter.train(c)
 
 
