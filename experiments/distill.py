@@ -8,7 +8,7 @@ merely copies) and stages by CTC are trained as ever; so are documents without s
     teacher=itself    the model as it stands, without a gradient
     teacher=FOLDER    a checkpoint, frozen
 
-    torchrun experiments/distill.py run=b model.from=runs/a/model teacher=runs/a/model kl=0.5    settings as ever
+    torchrun experiments/distill.py run=b kl=0.5 model.from=runs/a/model teacher=runs/a/model
     python experiments/distill.py 1       arms of seed 1 into results/distill-1.json, from the warm-up and the
                                           data of `python experiments/arms.py 1`, with the same tokens and SFT
 
@@ -36,7 +36,7 @@ ARMS = {"KL to itself": "itself", "frozen reader, KL": "runs/arms-{}-warmup/mode
 KEYS = ("typed_ids", "typed_labels", "typed_lengths", "kinds")
 original = {name: getattr(inserter, name) for name in ("read_encoded", "collate")}
 original["forward"] = inserter.InSerter.forward
-settings = {}                                # teacher: None for the model itself; kl of tasks, speech and text
+settings = {}                                # teacher: None for the model itself; kl, by kind
 
 
 # 1. Data: every document twice, heard and typed. The targets are the same tokens in the same order ---------
