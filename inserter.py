@@ -1614,14 +1614,14 @@ def load_state(folder):
 
 def save_run(c, model, tok, optimizers, progress):
     """Export, then state, by rank 0; every lane's cursor comes from the rank that serves it."""
-    _, world = rank_and_world()
+    rank, world = rank_and_world()
     everywhere = gather(progress.cursors)
     progress.cursors = {lane: everywhere[lane % world][lane] for cursors in everywhere for lane in cursors}
     state = {
         "weights": model.state_dict(),
         "slots": [optimizer.state_dict() for optimizer in optimizers],
         "progress": dataclasses.asdict(progress)}
-    if rank_and_world()[0] == 0:
+    if rank == 0:
         with replacing(run_folder(c) / "model") as folder:
             save_model(model, folder)
             save_processor(model, tok, folder)
@@ -1635,9 +1635,8 @@ def save_run(c, model, tok, optimizers, progress):
         torch.save(state, buffer)
         synth.write_whole(path, buffer.getbuffer())
         states = sorted(path.parent.glob("*.pt"))
-        kept = [state for state in states if state <= path]             # later ones are damaged
-        kept = kept[-c.train.keep_states:]
-        for old in set(states) - set(kept):
+        until_now = [one for one in states if one <= path]              # later ones are damaged
+        for old in set(states) - set(until_now[-c.train.keep_states:]):
             old.unlink()
     gather(None)                             # the others wait, or would run into a time-out
 

@@ -1426,7 +1426,8 @@ POSITIVE = re.compile(r"model\..*|synth\.workers|.*\.(shard_documents|max_docume
 
 def check_config(c):
     """Refuse numbers that mean nothing (0 is "none" or "never"), and settings that contradict each other."""
-    for key, value in dotted(c).items():
+    flat = dotted(c)
+    for key, value in flat.items():
         for number in value if isinstance(value, list) else [value]:
             if type(number) in (int, float) and not key.endswith("snr"):
                 above = POSITIVE.fullmatch(key)
@@ -1445,6 +1446,7 @@ def check_config(c):
         f"synth.tasks gives shares to {', '.join(TASKS)}":
             not settings.tasks.keys() <= TASKS.keys() or not any(settings.tasks.values()),
         f"synth.noise.recipes may have {', '.join(RECIPES)}": not set(settings.noise.recipes) <= set(RECIPES),
+        "bench.snr must be numbers": str in map(type, c.bench.snr),
         "train.precision must be auto, float32 or bfloat16":
             c.train.precision not in ("auto", "float32", "bfloat16"),
         "model.audio.d_model must be even and a multiple of encoder_attention_heads":
@@ -1464,10 +1466,10 @@ def check_config(c):
     for name in settings.shards:
         near = nearest(name, RECIPES)
         wrong[f"synth.shards has {name!r}; the nearest recipe is {near}"] = name != near
-    pairs = {"rate": settings.rate, "pitch": settings.pitch, "noise.snr": settings.noise.snr,
-             "gate.chars_per_second": settings.gate.chars_per_second}
-    for key, pair in pairs.items():
-        wrong[f"synth.{key} must be [lowest, highest], not {pair}"] = pair != sorted(pair) or len(pair) != 2
+    for key in ("synth.rate", "synth.pitch", "synth.noise.snr", "synth.gate.chars_per_second", "train.betas"):
+        pair = flat[key]
+        wrong[f"{key} must be [lowest, highest], not {pair}"] = (
+            len(pair) != 2 or str in map(type, pair) or pair != sorted(pair))
     for sentence, is_wrong in wrong.items():
         if is_wrong:
             raise UserError(f"{sentence}.")
