@@ -1316,10 +1316,10 @@ def complete(model, tok, prompts, max_tokens, batch):
         with torch.autocast(llm.device.type, torch.bfloat16, enabled=is_recent_gpu(llm.device)):
             x = model.embed(chosen["ids"], chosen["mel"], chosen["frames"])             # (T, d)
             documents = x.split(chosen["lengths"].tolist())
-            mask = [x.new_ones(len(document)) for document in documents]
             answers = llm.generate(
-                inputs_embeds=left_padded(documents), attention_mask=left_padded(mask), do_sample=False,
-                max_new_tokens=max_tokens, eos_token_id=stops, pad_token_id=tok.end,
+                inputs_embeds=left_padded(documents),
+                attention_mask=left_padded([x.new_ones(len(document)) for document in documents]),
+                do_sample=False, max_new_tokens=max_tokens, eos_token_id=stops, pad_token_id=tok.end,
                 suppress_tokens=[tok.audio, tok.audio_bos, tok.audio_eos])              # (B, new tokens)
         for ids in answers.tolist():
             ends = [i for i, token in enumerate(ids) if token in stops]
@@ -1328,7 +1328,7 @@ def complete(model, tok, prompts, max_tokens, batch):
 
 
 def left_padded(pieces):
-    return nn.utils.rnn.pad_sequence(list(pieces), batch_first=True, padding_side="left")
+    return nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_side="left")
 
 
 def their_llm(model):

@@ -1446,7 +1446,8 @@ def check_config(c):
         f"synth.tasks gives shares to {', '.join(TASKS)}":
             not settings.tasks.keys() <= TASKS.keys() or not any(settings.tasks.values()),
         f"synth.noise.recipes may have {', '.join(RECIPES)}": not set(settings.noise.recipes) <= set(RECIPES),
-        "bench.snr must be numbers": str in map(type, c.bench.snr),
+        "bench.snr must be numbers, and train.betas two of them":
+            str in map(type, c.bench.snr + c.train.betas) or len(c.train.betas) != 2,
         "train.precision must be auto, float32 or bfloat16":
             c.train.precision not in ("auto", "float32", "bfloat16"),
         "model.audio.d_model must be even and a multiple of encoder_attention_heads":
@@ -1466,7 +1467,7 @@ def check_config(c):
     for name in settings.shards:
         near = nearest(name, RECIPES)
         wrong[f"synth.shards has {name!r}; the nearest recipe is {near}"] = name != near
-    for key in ("synth.rate", "synth.pitch", "synth.noise.snr", "synth.gate.chars_per_second", "train.betas"):
+    for key in ("synth.rate", "synth.pitch", "synth.noise.snr", "synth.gate.chars_per_second"):
         pair = flat[key]
         wrong[f"{key} must be [lowest, highest], not {pair}"] = (
             len(pair) != 2 or str in map(type, pair) or pair != sorted(pair))

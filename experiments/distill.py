@@ -34,24 +34,27 @@ from inserter import IGNORE                  # noqa: E402
 
 ARMS = {"KL to itself": "itself", "frozen reader, KL": "runs/arms-{}-warmup/model"}
 KEYS = ("typed_ids", "typed_labels", "typed_lengths", "kinds")
+TASK, SPEECH, TEXT = range(3)                # kinds of documents: a speech task, any other with speech, none
 original = {name: getattr(inserter, name) for name in ("read_encoded", "collate")}
 original["forward"] = inserter.InSerter.forward
-settings = {}                                # teacher: None for the model itself; kl, by kind
+settings = {}                                # teacher: None for the model itself; kl: a share for every kind
 
 
 # 1. Data: every document twice, heard and typed. The targets are the same tokens in the same order ---------
 
 def read_encoded(path, number, tok):
-    """As inserter.py's; `typed` is the same sample as it is read; `kind`: whose place in settings["kl"]."""
+    """As inserter.py's; with its kind, and `typed`, the same sample as it is read."""
     sample, files = synth.read_sample(path, number)
     encoded = inserter.encode(sample, inserter.decoded(files), tok)
     encoded.typed = inserter.encode(sample, {}, tok, typed=True)
-    encoded.kind = 0 if Path(path).parent.name == "tasks" else 1 if encoded.clips else 2
+    encoded.kind = SPEECH if encoded.clips else TEXT
+    if Path(path).parent.name == "tasks":
+        encoded.kind = TASK
     return encoded
 
 
 def collate(documents, mels, stretch=0.0, seed=""):
-    """As inserter.py's, with the typed documents; kinds (targets,)."""
+    """As inserter.py's, with the typed documents, and the kind of each target's document, (targets,)."""
     batch = original["collate"](documents, mels, stretch, seed)
     if hasattr(documents[0], "typed"):
         typed = original["collate"]([document.typed for document in documents], mels)
@@ -130,7 +133,7 @@ def main(arguments):
     if arguments and arguments[0].isdigit():
         return measure(int(arguments[0]))
     c = synth.load_config(arguments, teacher="itself", kl=0.5, kl_text=0.0)
-    settings.update(teacher=None, kl=[0.0, c.kl, c.kl_text])
+    settings.update(teacher=None, kl=[0.0, c.kl, c.kl_text])          # of TASK, SPEECH, TEXT
     if c.teacher != "itself":
         settings["teacher"] = inserter.load_model(c.teacher).to(inserter.device_here())
     inserter.train(c)

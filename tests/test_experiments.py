@@ -11,6 +11,8 @@ import inserter
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
+import average                               # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -79,15 +81,13 @@ def test_a_document_that_is_read_teaches_itself_nothing(model, distill):
 
 
 def test_the_mean_of_two_llms(model):
-    sys.modules.pop("average", None)
-    import average
-    begun = inserter.random_model(config(), 2)
-    names = dict(model.named_parameters())
+    other = inserter.random_model(config(), 2)
+    begun, trained = dict(other.named_parameters()), dict(model.named_parameters())
     for kept in (0.0, 0.25, 1.0):
         mean = loud(inserter.random_model(config(), 1))
-        average.average(mean, begun, kept, [60, 61, 62])
+        average.average(mean, other, kept, [60, 61, 62])
         for name, weight in mean.named_parameters():
-            first, second = dict(begun.named_parameters())[name], names[name]
+            first, second = begun[name], trained[name]
             expected = first + kept * (second - first) if name.startswith("language_model.") else second
             if "embed_tokens" in name:
                 expected = torch.cat([expected[:60], second[60:63], expected[63:]])
